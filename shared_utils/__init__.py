@@ -1,0 +1,1 @@
+"""Small helpers that every experiment uses and that know nothing of any experiment."""

@@ -1,0 +1,132 @@
+"""Command lines that are the same in every experiment.
+
+    parser = make_parser(__doc__, quick={"epochs": 1})
+    parser.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
+    args = parser.parse_args(argv)
+
+A user's mistake is one line on stderr and exit code 2; a bug keeps its traceback.
+"""
+
+import argparse
+import math
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+STAND_INS = {"mnist": "digits", "fashion": "digits", "cifar10": "shapes", "books": "pydocs", "shakespeare": "pydocs"}
+
+
+class UserError(ValueError):
+    """A mistake of the user's (a flag, a file, a missing download). The message is one line that says what to do."""
+
+
+def _checked(convert: Callable, accept: Callable, wanted: str) -> Callable[[str], float]:
+    def value(text: str):
+        try:
+            number = convert(text)
+        except ValueError:
+            number = None
+        if number is None or not accept(number):
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}")
+        return number
+
+    return value
+
+
+positive_int = _checked(int, lambda v: v > 0, "a whole number above 0")
+non_negative_int = _checked(int, lambda v: v >= 0, "a whole number, 0 or more")
+positive_float = _checked(float, lambda v: v > 0 and math.isfinite(v), "a finite number above 0")
+non_negative_float = _checked(float, lambda v: v >= 0 and math.isfinite(v), "a finite number, 0 or more")
+finite_float = _checked(float, math.isfinite, "a finite number")
+fraction = _checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class ExperimentParser(argparse.ArgumentParser):
+    """argparse with one-line errors, defaults of its own for `--quick`, and a memory of the command."""
+
+    def __init__(self, doc: str, quick: dict):
+        named = re.search(r"python (\w+)/(\w+)\.py", doc)
+        script = Path(sys.argv[0]).resolve()
+        self.experiment, self.script = named.groups() if named else (script.parent.name, script.stem)
+        self.quick = quick
+        changes = "  ".join(f"--{key.replace('_', '-')} {_shown(value)}" for key, value in quick.items())
+        super().__init__(
+            prog=f"python {self.experiment}/{self.script}.py",
+            description=doc,
+            epilog=f"With --quick the defaults are: {changes}" if changes else None,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        argv = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
+        parsed, rest = super().parse_known_args(argv, namespace)
+        if getattr(parsed, "quick", False):
+            # A value that the namespace already holds beats a default, and a flag in argv beats both.
+            parsed, rest = super().parse_known_args(argv, argparse.Namespace(**self.quick))
+        parsed.experiment, parsed.script = self.experiment, self.script
+        parsed.command = " ".join([self.prog, *argv])
+        parsed.started = time.perf_counter()
+        return parsed, rest
+
+    def error(self, message: str):
+        self.exit(2, f"{self.script}.py: error: {' '.join(str(message).split())}\n")
+
+
+def _shown(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def make_parser(
+    doc: str, *, dataset: str | None = "mnist", device: bool = True, quick: dict | None = None
+) -> ExperimentParser:
+    """A parser whose `--help` is the script's docstring, with the flags that all scripts share.
+
+    doc: the script's `__doc__`; its line `python <experiment>/<script>.py` names the folder the run writes to.
+    dataset: the default of `--dataset`; None for a script that reads no data set (then `--data-dir` goes too).
+    device: False for a script that has no use for `--device`.
+    quick: what the defaults become under `--quick`; a flag given on the command line still wins. The data set
+        then is the embedded stand-in, and the run goes to `runs/quick`, so that it never touches a real one.
+    """
+    quick = {**(quick or {}), "runs_dir": "runs/quick"}
+    if dataset in STAND_INS:
+        quick.setdefault("dataset", STAND_INS[dataset])
+    parser = ExperimentParser(doc or "", quick)
+    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything random")
+    if device:
+        parser.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or one of these")
+    if dataset is not None:
+        texts = dataset in ("books", "shakespeare", "pydocs")
+        names = (
+            "books, shakespeare, pydocs (embedded) or a folder of *.txt"
+            if texts
+            else "mnist, fashion, cifar10, digits or shapes (embedded), or a folder with train/<class>/*.png and test/"
+        )
+        parser.add_argument("--dataset", default=dataset, help=names)
+        parser.add_argument("--data-dir", "--data", default="data", help="where the data sets are, or are put")
+    parser.add_argument("--out", help="folder for this run (default: <runs-dir>/<experiment>/<script>)")
+    parser.add_argument("--runs-dir", default="runs", help="folder of all runs")
+    parser.add_argument("--quick", action="store_true", help="a small run on embedded data, in seconds")
+    return parser
+
+
+def run_main(main: Callable[[], dict], build_parser: Callable[[], argparse.ArgumentParser]) -> None:
+    """Run a script's `main`: a `UserError` ends as one line and exit code 2, Ctrl-C with how to go on (130)."""
+    try:
+        main()
+    except UserError as error:
+        build_parser().error(str(error))
+    except KeyboardInterrupt:
+        parser = build_parser()
+        resumable = any("--resume" in action.option_strings for action in parser._actions)
+        hint = "the same command with --resume goes on from there" if resumable else "run the command again"
+        parser.exit(130, f"\n{parser.prog}: interrupted; what was saved is kept, {hint}\n")

@@ -1,0 +1,79 @@
+"""`torchrun` support in four lines of a training script.
+
+    with process_group(args.device) as world:                       # one process without torchrun
+        run = start_run(args, writes=world.is_main)
+        model = wrap(model, world)                                  # averages the gradients
+        for batch in minibatches(n, batch_size, rng):               # the same order in every rank …
+            loss(model, shard(batch, world)).backward()             # … of which each rank takes its part
+
+The batch size is the global one: n processes with n-th parts give the gradient of the whole batch, as one would.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from shared_utils.cli import UserError
+from shared_utils.device import pick_device
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: rank 0 … size − 1, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that prints and writes."""
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(device: str = "auto") -> Iterator[World]:
+    """Join torchrun's process group (nccl on CUDA, gloo elsewhere), or be alone without torchrun; leave it at the end.
+
+    With several GPUs each process takes the one of its local rank.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield World(0, 1, pick_device(device))
+        return
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        chosen = pick_device(f"cuda:{local_rank}")
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(batch: np.ndarray, world: World) -> np.ndarray:
+    """This rank's part of a global batch of indices: parts are disjoint, complete and of one length.
+
+    Errors: `UserError` when the batch does not divide evenly: the mean of the parts' means would not be the batch's.
+    """
+    if len(batch) % world.size:
+        raise UserError(
+            f"a batch of {len(batch)} does not divide among {world.size} processes; choose another --batch-size"
+        )
+    return batch[world.rank :: world.size]
+
+
+def wrap(model: torch.nn.Module, world: World) -> torch.nn.Module:
+    """`model` on the world's device, in DistributedDataParallel where there is more than one process."""
+    model = model.to(world.device)
+    if world.size == 1:
+        return model
+    return torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=[world.device] if world.device.type == "cuda" else None
+    )

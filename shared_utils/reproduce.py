@@ -1,0 +1,156 @@
+"""Run every experiment, and put what came out on one page.
+
+    python -m shared_utils.reproduce --quick
+    python -m shared_utils.reproduce --only mnist_svm_gabor numpy_nn
+
+Each experiment folder declares its runs in `experiment.json`, in the order in which they are to be made:
+
+    {"title": …, "question": …, "runs": [
+        {"name": "train", "script": "train.py", "args": ["--epochs", "3"], "minutes": 2,
+         "headline": "{test_accuracy:.2%}"}]}
+
+`name` is the run's folder; where it differs from the script's own name, `--out` is passed. `minutes` is what the full
+run takes on two cores, `headline` a format string over metrics.json. One process serves a folder, so that PyTorch is
+loaded once; a failure ends that run alone. Writes report.html and each run's log.txt.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import os
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared_utils.cli import UserError
+from shared_utils.report import write_report
+from shared_utils.runs import ROOT, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One run of an experiment, as its `experiment.json` declares it."""
+
+    experiment: str
+    name: str
+    script: str
+    args: tuple[str, ...]
+    minutes: float
+    headline: str
+
+    @property
+    def module(self) -> str:
+        """The script's import path."""
+        return f"{self.experiment}.{Path(self.script).stem}"
+
+    def argv(self, runs_dir: Path, quick: bool) -> list[str]:
+        """The flags of this run, below `runs_dir`."""
+        out = [] if self.name == Path(self.script).stem else ["--out", str(self.folder(runs_dir))]
+        return [*self.args, "--runs-dir", str(runs_dir), *out, *(["--quick"] if quick else [])]
+
+    def folder(self, runs_dir: Path) -> Path:
+        """Where the run writes."""
+        return runs_dir / self.experiment / self.name
+
+
+def declared_runs(experiment: str) -> list[Declared]:
+    """The runs that `<experiment>/experiment.json` declares, in order."""
+    found = read_json(ROOT / experiment / "experiment.json")
+    return [
+        Declared(experiment, run["name"], run["script"], tuple(run.get("args", ())), run["minutes"], run["headline"])
+        for run in found["runs"]
+    ]
+
+
+def experiments() -> list[str]:
+    """The folders that have an `experiment.json`."""
+    return sorted(path.parent.name for path in ROOT.glob("*/experiment.json"))
+
+
+def perform(run: Declared, runs_dir: Path, quick: bool) -> dict:
+    """Make one run in this process, its output in `log.txt`; returns {"seconds": …, "error": None or one line}."""
+    started, error, log = time.perf_counter(), None, io.StringIO()
+    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        try:
+            importlib.import_module(run.module).main(run.argv(runs_dir, quick))
+        except UserError as mistake:
+            error = str(mistake)
+        except SystemExit as stop:  # argparse's way out; its line is in the log
+            error = f"exit code {stop.code}: {' '.join(log.getvalue().splitlines()[-1:])}" if stop.code else None
+        except Exception as bug:
+            error = f"{type(bug).__name__}: {bug}"
+            traceback.print_exc(file=log)
+    folder = run.folder(runs_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.txt").write_text(log.getvalue(), encoding="utf-8")
+    return {"seconds": round(time.perf_counter() - started, 1), "error": error}
+
+
+def perform_all(experiment: str, runs_dir: Path, quick: bool) -> None:
+    """Make an experiment's runs in order, a line each; `outcomes.json` is kept as it goes, for the parent process."""
+    outcomes: dict[str, dict] = {}
+    for run in declared_runs(experiment):
+        print(f"  {run.name:<28}", end="", flush=True)
+        outcomes[run.name] = outcome = perform(run, runs_dir, quick)
+        write_json(runs_dir / experiment / "outcomes.json", outcomes)
+        print(f"{outcome['seconds']:7.1f} s  {outcome['error'] or 'ok'}", flush=True)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m shared_utils.reproduce",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="small runs on embedded data, into runs/quick")
+    parser.add_argument("--only", nargs="+", metavar="EXPERIMENT", choices=experiments(), help="these folders alone")
+    parser.add_argument("--runs-dir", help="folder of all runs (default: runs, with --quick runs/quick)")
+    parser.add_argument("--report", default="runs/report.html", help="the page (default: runs/report.html)")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the child process of one folder
+    return parser
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict]:
+    """Run what is asked for; returns each failed run's outcome by `experiment/name`."""
+    args = build_parser().parse_args(argv)
+    runs_dir = Path(args.runs_dir or ("runs/quick" if args.quick else "runs"))
+    chosen = args.only or experiments()
+    if args.inside:
+        perform_all(chosen[0], runs_dir, args.quick)
+        return {}
+    if not args.quick:
+        minutes = sum(run.minutes for name in chosen for run in declared_runs(name))
+        print(f"about {minutes:.0f} minutes on two cores")
+    failed = {}
+    for experiment in chosen:
+        print(experiment, flush=True)
+        outcomes_file = runs_dir / experiment / "outcomes.json"
+        outcomes_file.unlink(missing_ok=True)
+        command = [sys.executable, "-m", "shared_utils.reproduce", "--inside", "--only", experiment]
+        command += ["--runs-dir", str(runs_dir), *(["--quick"] if args.quick else [])]
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path})
+        outcomes = read_json(outcomes_file) if outcomes_file.exists() else {}
+        for run in declared_runs(experiment):
+            outcome = outcomes.get(run.name, {"error": f"not run: the process ended with {ended.returncode}"})
+            if outcome["error"]:
+                failed[f"{experiment}/{run.name}"] = outcome
+    write_report(Path(args.report), runs_dir, chosen)
+    print(f"report: {args.report}")
+    for name, outcome in failed.items():
+        print(f"failed: {name}: {outcome['error']} (see {runs_dir / name / 'log.txt'})", file=sys.stderr)
+    return failed
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(1 if main() else 0)
+    except UserError as mistake:
+        build_parser().error(str(mistake))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,43 @@
+"""Is a difference one? Intervals for a proportion, a test for two classifiers, mean and spread over seeds."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927); z = 1.96 covers 95 %.
+
+    It stays inside [0, 1] and is right near 0 and 1, where p ± z·sqrt(p(1−p)/n) is not.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"{successes} of {trials} is no proportion")
+    p, shrink = successes / trials, 1 + z * z / trials
+    centre = (p + z * z / (2 * trials)) / shrink
+    half = z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials)) / shrink
+    # At 0 and at n successes the bound is exactly 0 or 1; the formula misses it by a rounding error.
+    return (0.0 if successes == 0 else centre - half, 1.0 if successes == trials else centre + half)
+
+
+def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[int, int, float]:
+    """McNemar's exact test of two classifiers on the same images (McNemar 1947; Dietterich 1998).
+
+    correct_a, correct_b: bool (N,). Returns (only a right, only b right, two-sided p). Under the null hypothesis each
+    image on which they differ is a fair coin, so p is twice a binomial tail.
+    """
+    a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
+    if a.shape != b.shape or a.ndim != 1:
+        raise ValueError(f"needs two vectors of one length, got shapes {a.shape} and {b.shape}")
+    only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
+    n = only_a + only_b
+    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    return only_a, only_b, min(1.0, 2 * tail / 2**n)  # whole numbers until the division: no underflow
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n − 1); the deviation of a single value is 0."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.size == 0:
+        raise ValueError("no values")
+    return float(values.mean()), float(values.std(ddof=1)) if values.size > 1 else 0.0
