@@ -1,0 +1,455 @@
+"""shared_utils: command lines, runs, checkpoints, gradient checks, statistics, plots, several processes."""
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from shared_utils import checkpoint, cli, gradcheck, plotting, runs, stats
+from shared_utils.cli import UserError, make_parser
+from shared_utils.device import autocast, pick_device
+from shared_utils.distributed import World, shard
+from shared_utils.seeding import seed_everything
+
+DOC = "A question?\n\n    python numpy_nn/some_script.py --epochs 3\n\nWrites metrics.json."
+
+
+def example_parser():
+    parser = make_parser(DOC, quick={"epochs": 1})
+    parser.add_argument("--epochs", type=cli.positive_int, default=10, help="passes over the data")
+    parser.add_argument("--resume", action="store_true", help="go on")
+    return parser
+
+
+def example_args(tmp_path, *flags):
+    return example_parser().parse_args(["--out", str(tmp_path / "run"), *flags])
+
+
+# --- cli ----------------------------------------------------------------------------------------------------------
+
+
+def test_quick_changes_defaults_but_a_flag_wins():
+    plain = example_parser().parse_args([])
+    assert (plain.epochs, plain.dataset, plain.runs_dir, plain.seed) == (10, "mnist", "runs", 0)
+    quick = example_parser().parse_args(["--quick"])
+    assert (quick.epochs, quick.dataset, quick.runs_dir) == (1, "digits", "runs/quick")
+    given = example_parser().parse_args(["--quick", "--epochs", "7", "--dataset", "mnist", "--runs-dir", "elsewhere"])
+    assert (given.epochs, given.dataset, given.runs_dir) == (7, "mnist", "elsewhere")
+    assert given.command.startswith("python numpy_nn/some_script.py --quick --epochs 7")
+
+
+def test_a_parser_asked_with_quick_and_then_without_has_its_own_defaults_again():
+    parser = example_parser()
+    assert parser.parse_args(["--quick"]).epochs == 1
+    assert parser.parse_args([]).epochs == 10
+
+
+@pytest.mark.parametrize("flags", [["--epochs", "0"], ["--epochs", "many"], ["--seed", "-1"], ["--nonsense"]])
+def test_a_wrong_value_is_one_line_and_exit_code_2(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        example_parser().parse_args(flags)
+    written = capsys.readouterr()
+    assert stop.value.code == 2
+    assert written.err.count("\n") == 1
+    assert flags[0] in written.err
+    assert written.out == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (cli.positive_int, ["1", "70000"], ["0", "-1", "1.5", "x", ""]),
+        (cli.non_negative_int, ["0", "3"], ["-1", "0.5"]),
+        (cli.positive_float, ["1e-3", "2"], ["0", "-1", "nan", "inf"]),
+        (cli.non_negative_float, ["0", "0.5"], ["-0.1", "nan", "inf"]),
+        (cli.finite_float, ["-3.5"], ["nan", "-inf", "x"]),
+        (cli.fraction, ["0", "0.5", "1"], ["1.01", "-0.1", "nan"]),
+    ],
+)
+def test_value_types(kind, good, bad):
+    for text in good:
+        assert kind(text) == float(text)
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError, match="must be"):
+            kind(text)
+
+
+def test_help_is_the_docstring_with_defaults(capsys):
+    with pytest.raises(SystemExit):
+        example_parser().parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert "python numpy_nn/some_script.py --epochs 3" in shown
+    assert "(default: 10)" in shown
+    assert "With --quick the defaults are: --epochs 1" in shown
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("no such\nfile"), 2), (KeyboardInterrupt(), 130)])
+def test_run_main_ends_in_one_line(error, code, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run_main(main, example_parser)
+    assert stop.value.code == code
+    message = capsys.readouterr().err
+    assert len(message.strip().splitlines()) == 1
+    assert ("no such file" if code == 2 else "--resume") in message
+
+
+def test_run_main_leaves_a_bug_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.run_main(lambda: 1 / 0, example_parser)
+
+
+# --- seeding, device ----------------------------------------------------------------------------------------------
+
+
+def test_one_seed_for_everything():
+    def draw():
+        rng = seed_everything(3)
+        return rng.random(), np.random.random(), torch.rand(1).item()
+
+    first = draw()
+    assert first == draw()
+    assert len(set(first)) == 3
+
+
+def test_numpy_scripts_stay_free_of_torch():
+    modules = [
+        "checkpoint",
+        "cli",
+        "data",
+        "embedded",
+        "gradcheck",
+        "plotting",
+        "publish",
+        "reproduce",
+        "runs",
+        "seeding",
+        "stats",
+    ]
+    imports = "; ".join(f"import shared_utils.{name}" for name in modules)
+    use = "shared_utils.seeding.seed_everything(0); shared_utils.embedded.digits('test')"
+    code = f"import sys; {imports}; {use}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=runs.ROOT)
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type in ("cuda", "mps", "cpu")
+    for absent in ["toaster", "meta"] + ([] if torch.cuda.is_available() else ["cuda"]):
+        with pytest.raises(UserError, match="--device"):
+            pick_device(absent)
+
+
+def test_autocast_is_bfloat16_or_nothing():
+    a = torch.ones(4, 4)
+    with autocast(torch.device("cpu")):
+        assert (a @ a).dtype == torch.bfloat16
+    with autocast(torch.device("cpu"), enabled=False):
+        assert (a @ a).dtype == torch.float32
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_flags_its_history_and_its_metrics(tmp_path, capsys):
+    run = runs.start_run(example_args(tmp_path, "--seed", "5"))
+    run.log(epoch=1, loss=0.123456)
+    run.log(epoch=2, loss=0.1)
+    with pytest.raises(ValueError, match="columns"):
+        run.log(step=3)
+    returned = run.finish({"accuracy": np.float32(0.5), "counts": np.arange(2)})
+    folder = tmp_path / "run"
+    assert json.loads((folder / "config.json").read_text())["flags"]["seed"] == 5
+    assert (folder / "history.csv").read_text().splitlines() == ["epoch,loss", "1,0.123456", "2,0.1"]
+    assert json.loads((folder / "metrics.json").read_text()) == returned
+    assert returned["accuracy"] == 0.5
+    assert returned["counts"] == [0, 1]
+    assert returned["run"]["quick"] is False
+    assert "epoch 1  loss 0.1235" in capsys.readouterr().out
+
+
+def test_nan_is_no_metric_and_leaves_no_file(tmp_path):
+    run = runs.start_run(example_args(tmp_path))
+    with pytest.raises(ValueError, match="JSON"):
+        run.finish({"loss": math.nan})
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_a_new_run_drops_the_old_history_and_a_resumed_one_keeps_it(tmp_path):
+    run = runs.start_run(example_args(tmp_path))
+    for epoch in (1, 2, 3):
+        run.log(epoch=epoch)
+    run.finish({})
+    resumed = runs.start_run(example_args(tmp_path, "--resume"))
+    resumed.rewind("epoch", 2)
+    resumed.log(epoch=3)
+    history = tmp_path / "run" / "history.csv"
+    assert history.read_text().split() == ["epoch", "1", "2", "3"]
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    resumed.finish({})
+    runs.start_run(example_args(tmp_path))
+    assert not history.exists()
+
+
+def test_two_runs_into_one_folder_are_refused(tmp_path):
+    run = runs.start_run(example_args(tmp_path))
+    run.log(epoch=1)
+    with pytest.raises(UserError, match="another run"):
+        runs.start_run(example_args(tmp_path))
+    assert (tmp_path / "run" / "history.csv").exists()
+    run.finish({})
+    runs.start_run(example_args(tmp_path))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(UserError, match="cannot write"):
+        runs.start_run(example_args(tmp_path))
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+
+    def write_half():
+        with runs.replacing(path) as beside:
+            beside.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="No space"):
+        write_half()
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_reader_is_told_the_command_that_makes_the_file(tmp_path):
+    args = example_parser().parse_args(["--runs-dir", str(tmp_path), "--quick"])
+    with pytest.raises(UserError, match=r"`python numpy_nn/train_mlp.py --quick` makes it"):
+        runs.find_output(args, "train_mlp", "best.npz")
+    made = tmp_path / "numpy_nn" / "train_mlp" / "best.npz"
+    made.parent.mkdir(parents=True)
+    made.write_bytes(b"")
+    assert runs.find_output(args, "train_mlp", "best.npz") == made
+
+
+def test_ranks_above_zero_write_nothing(tmp_path):
+    run = runs.start_run(example_args(tmp_path), writes=False)
+    run.log(epoch=1)
+    run.rewind("epoch", 0)
+    run.finish({})
+    assert not (tmp_path / "run").exists()
+
+
+# --- checkpoint ---------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_brings_back_weights_and_every_random_state(tmp_path):
+    rng = seed_everything(1)
+    weights = {"w": torch.rand(3)}
+    checkpoint.save(tmp_path / "last.pth", rng=rng, config={"width": 3}, model=weights, epoch=2)
+    expected = rng.random(), torch.rand(2).tolist(), random.random()
+    other = seed_everything(9)
+    state = checkpoint.load(tmp_path / "last.pth", expect={"width": 3})
+    checkpoint.restore_random_states(state, other)
+    assert (other.random(), torch.rand(2).tolist(), random.random()) == expected
+    assert torch.equal(state["model"]["w"], weights["w"])
+    assert state["epoch"] == 2
+    with pytest.raises(UserError, match="width"):
+        checkpoint.load(tmp_path / "last.pth", expect={"width": 4})
+
+
+class _Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_a_bad_checkpoint_is_refused_in_one_line_and_never_executed(tmp_path):
+    good = tmp_path / "good.pth"
+    checkpoint.save(good, model={"w": torch.rand(1000)})
+    content = good.read_bytes()
+    trap = tmp_path / "trap.pth"
+    torch.save({"config": {}, "x": _Malicious(tmp_path / "executed")}, trap)
+    cases = {"cut.pth": content[: len(content) // 2], "text.pth": b"hello", "empty.pth": b""}
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+    for name in [*cases, "trap.pth", "absent.pth"]:
+        with pytest.raises(UserError, match=name) as error:
+            checkpoint.load(tmp_path / name)
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_arrays_on_disk_without_pickle(tmp_path):
+    path = tmp_path / "model.npz"
+    checkpoint.save_arrays(path, W=np.eye(2), kernel="rbf", degree=3)
+    found = checkpoint.load_arrays(path, required=["W", "kernel"])
+    assert np.array_equal(found["W"], np.eye(2))
+    assert str(found["kernel"]) == "rbf"
+    with pytest.raises(UserError, match="lacks b"):
+        checkpoint.load_arrays(path, required=["b"])
+    with pytest.raises(ValueError, match="object"):
+        checkpoint.save_arrays(path, bad=np.array([{}], dtype=object))
+    np.savez(tmp_path / "pickled.npz", a=np.array([{}], dtype=object))
+    content = path.read_bytes()
+    (tmp_path / "cut.npz").write_bytes(content[:-40])
+    (tmp_path / "text.npz").write_text("hello")
+    for name in ("cut.npz", "text.npz", "pickled.npz", "absent.npz"):
+        with pytest.raises(UserError, match=name):
+            checkpoint.load_arrays(tmp_path / name)
+
+
+# --- gradcheck ----------------------------------------------------------------------------------------------------
+
+
+def softmax_check(backward, rng):
+    x = rng.standard_normal((3, 4))
+
+    def forward():
+        e = np.exp(x - x.max(1, keepdims=True))
+        return e / e.sum(1, keepdims=True)
+
+    return gradcheck.check_gradients(forward, lambda dy: {"x": backward(forward(), dy)}, {"x": x}, rng)["x"]
+
+
+def test_gradcheck_passes_the_true_gradient_and_fails_a_wrong_one():
+    rng = np.random.default_rng(0)
+    assert softmax_check(lambda p, dy: p * (dy - (p * dy).sum(1, keepdims=True)), rng) < 1e-9
+    assert softmax_check(lambda p, dy: p * dy, rng) > 1e-3
+
+
+def test_gradcheck_refuses_what_would_prove_nothing():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(3)
+    zero = {"x": np.zeros(3)}
+    with pytest.raises(ValueError, match="all zero"):
+        gradcheck.check_gradients(lambda: np.ones(2), lambda dy: zero, {"x": x}, rng)
+    with pytest.raises(ValueError, match="float64"):
+        gradcheck.check_gradients(lambda: x, lambda dy: zero, {"x": x.astype(np.float32)}, rng)
+    with pytest.raises(ValueError, match="no gradient for x"):
+        gradcheck.check_gradients(lambda: x, lambda dy: {}, {"x": x}, rng)
+    with pytest.raises(ValueError, match="shape"):
+        gradcheck.check_gradients(lambda: x, lambda dy: {"x": np.ones((3, 1))}, {"x": x}, rng)
+
+
+def test_numerical_gradient_restores_its_array():
+    x = np.array([[1.0, 2.0], [3.0, 4.0]])
+    kept = x.copy()
+    gradient = gradcheck.numerical_gradient(lambda: float((x**3).sum()), x)
+    assert np.array_equal(x, kept)
+    np.testing.assert_allclose(gradient, 3 * kept**2, rtol=1e-8)
+
+
+def test_gradcheck_reaches_into_a_torch_tensor():
+    rng = np.random.default_rng(0)
+    W = torch.from_numpy(rng.standard_normal((2, 3)))
+    x = torch.from_numpy(rng.standard_normal((4, 2)))
+    errors = gradcheck.check_gradients(
+        lambda: (x @ W).numpy(), lambda dy: {"W": x.numpy().T @ dy}, {"W": W.numpy()}, rng
+    )
+    assert errors["W"] < 1e-9
+
+
+# --- stats --------------------------------------------------------------------------------------------------------
+
+
+def test_wilson_interval_against_published_values():
+    # Newcombe 1998, table I: 81 of 263 gives 0.2553 to 0.3662, 0 of 20 gives 0 to 0.1611.
+    assert stats.wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert stats.wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    assert stats.wilson_interval(20, 20)[1] == 1.0
+    with pytest.raises(ValueError, match="no proportion"):
+        stats.wilson_interval(3, 2)
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    from scipy.stats import binomtest
+
+    rng = np.random.default_rng(0)
+    a, b = rng.random(10_000) < 0.995, rng.random(10_000) < 0.9944
+    only_a, only_b, p = stats.mcnemar(a, b)
+    assert p == pytest.approx(binomtest(only_a, only_a + only_b, 0.5).pvalue, rel=1e-9)
+    assert stats.mcnemar(a, a) == (0, 0, 1.0)
+    assert 0 <= stats.mcnemar(np.ones(5000, bool), np.zeros(5000, bool))[2] < 1e-300
+
+
+def test_mean_std():
+    assert stats.mean_std([1.0, 2.0, 3.0]) == (2.0, 1.0)
+    assert stats.mean_std([4.0]) == (4.0, 0.0)
+
+
+# --- plotting -----------------------------------------------------------------------------------------------------
+
+
+def test_every_plot_draws_and_saves_the_same_bytes_twice(tmp_path):
+    def draw(path):
+        figure, axes = plotting.new_figure(2, 2, width=8, height=6, title="A finding")
+        plotting.curves(axes[0, 0], [1, 2], {"a": [1, 2], "b": [2, 1]}, xlabel="update", ylabel="loss (nats)")
+        plotting.mean_std(axes[0, 1], [1, 2], np.array([[1, 2], [2, 4]]), label="a")
+        plotting.image_grid(axes[1, 0], np.zeros((5, 1, 4, 4)), columns=3, labels=list("abcde"))
+        plotting.confusion_matrix(axes[1, 1], np.array([[9, 1], [2, 8]]), ["0", "1"], title="errors")
+        plotting.save_figure(figure, path)
+        return path.read_bytes()
+
+    first = draw(tmp_path / "a.png")
+    assert first[:8] == b"\x89PNG\r\n\x1a\n"
+    assert first == draw(tmp_path / "b.png")
+
+
+def test_image_grid_places_colour_and_grey():
+    _, axes = plotting.new_figure()
+    images = np.zeros((2, 3, 2, 2), dtype=np.uint8)
+    images[1, 0] = 255
+    plotting.image_grid(axes[0, 0], images, columns=2)
+    drawn = axes[0, 0].images[0].get_array()
+    assert drawn[0, 0].tolist() == [0, 0, 0]
+    assert drawn[0, 3].tolist() == [1, 0, 0]
+
+
+# --- distributed --------------------------------------------------------------------------------------------------
+
+
+def test_shards_are_disjoint_complete_and_of_one_length():
+    batch = np.random.default_rng(0).permutation(12)
+    parts = [shard(batch, World(rank, 3, torch.device("cpu"))) for rank in range(3)]
+    assert [len(part) for part in parts] == [4, 4, 4]
+    assert sorted(np.concatenate(parts)) == sorted(batch)
+    with pytest.raises(UserError, match="does not divide"):
+        shard(batch[:5], World(0, 3, torch.device("cpu")))
+
+
+TWO_PROCESSES = """
+import numpy as np, torch, sys
+from shared_utils.distributed import process_group, shard, wrap
+with process_group("cpu") as world:
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 5), torch.randn(8, 1)
+    model = wrap(torch.nn.Linear(5, 1), world)
+    part = shard(np.arange(8), world)
+    ((model(x[part]) - y[part]) ** 2).mean().backward()
+    if world.is_main:
+        np.save(sys.argv[1], np.concatenate([p.grad.numpy().ravel() for p in model.parameters()]))
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_gradient_of_one_process(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES)
+    env = {**os.environ, "PYTHONPATH": str(runs.ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run([sys.executable, str(script), str(tmp_path / "1.npy")], check=True, env=env)
+    subprocess.run([*torchrun, str(script), str(tmp_path / "2.npy")], check=True, env=env, capture_output=True)
+    np.testing.assert_allclose(np.load(tmp_path / "2.npy"), np.load(tmp_path / "1.npy"), rtol=1e-6)
