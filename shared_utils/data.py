@@ -221,7 +221,8 @@ def _load_torchvision(name: str, split: str, root: Path) -> Images:
     x = np.asarray(found.data)
     x = x[:, None] if x.ndim == 3 else np.ascontiguousarray(x.transpose(0, 3, 1, 2))  # (N, C, H, W)
     title = {"mnist": "MNIST", "fashion": "Fashion-MNIST", "cifar10": "CIFAR-10"}[name]
-    return Images(x, np.asarray(found.targets, dtype=np.int64), tuple(found.classes), title)
+    classes = tuple("0123456789") if name == "mnist" else tuple(found.classes)  # torchvision says "0 - zero"
+    return Images(x, np.asarray(found.targets, dtype=np.int64), classes, title)
 
 
 def _download(name: str, dataset: type, root: Path, folder: str) -> None:

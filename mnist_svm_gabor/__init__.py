@@ -1,0 +1,1 @@
+"""MNIST: a support vector machine on raw pixels against one on Gabor features."""

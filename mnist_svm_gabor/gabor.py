@@ -1,0 +1,149 @@
+"""Gabor features: oriented filters, rectification (or quadrature energy), pooling.
+
+A Gabor kernel is a plane wave under a Gaussian envelope. With x' = x cos θ + y sin θ and y' = y cos θ − x sin θ,
+
+    g(x, y) = exp(−(x'² + γ² y'²) / 2σ²) cos(2π f x' + φ)
+
+f: frequency in cycles per pixel, θ: the direction in which the wave varies, σ: the envelope's width in pixels, γ: its
+aspect. Simple cells of the visual cortex respond like this (Jones and Palmer 1987; Daugman 1985, J. Opt. Soc. Am. A 2).
+Here σ is a fixed fraction of the wavelength 1/f, so that every kernel has the same shape at another size.
+
+Shapes: N images, H W pixels, K kernels, M maps (2K rectified, K energies), P pooling windows a side.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+CHUNK = 1000  # images filtered at once: bounds the memory, whatever N
+
+
+@dataclass(frozen=True)
+class GaborBank:
+    """A bank of `orientations` × `frequencies` real kernels and what is computed from their responses.
+
+    orientations: how many θ, evenly spaced in [0, π).
+    frequencies: how many f, from `highest` downwards, each `ratio` times the one before.
+    kernel_size: odd, in pixels.
+    highest: in cycles per pixel, at most 0.5 (Nyquist); ratio: below 1.
+    envelope: σ in wavelengths; aspect: γ; phase: φ in radians (0 is even: lines, π/2 is odd: edges).
+    energy: False takes both rectified signs, max(r, 0) and max(−r, 0). True takes the modulus of a quadrature pair,
+        sqrt(r_even² + r_odd²): how much wave there is, not where its crests are (Adelson and Bergen 1985).
+    pooling: P; Gaussian windows at P × P evenly spaced centres, one spacing apart, σ 0.6 of the spacing.
+    power: each pooled value v becomes v^power. Below 1 it keeps a strong stroke from drowning a faint one.
+    """
+
+    orientations: int = 4
+    frequencies: int = 3
+    kernel_size: int = 7
+    highest: float = 0.35
+    ratio: float = 0.65
+    envelope: float = 0.5
+    aspect: float = 1.0
+    phase: float = np.pi / 4
+    energy: bool = False
+    pooling: int = 6
+    power: float = 0.5
+
+    def __post_init__(self):
+        for name in ("orientations", "frequencies", "kernel_size", "pooling"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.kernel_size % 2 == 0 or self.kernel_size < 3:
+            raise ValueError(f"kernel_size must be odd and at least 3, got {self.kernel_size}")
+        if not 0 < self.highest <= 0.5:
+            raise ValueError(f"highest must be in (0, 0.5] cycles per pixel, got {self.highest}")
+
+    @property
+    def angles(self) -> np.ndarray:
+        """θ of each orientation in radians, (orientations,)."""
+        return np.arange(self.orientations) * np.pi / self.orientations
+
+    @property
+    def cycles(self) -> np.ndarray:
+        """f of each frequency in cycles per pixel, highest first, (frequencies,)."""
+        return self.highest * self.ratio ** np.arange(self.frequencies)
+
+    @property
+    def kernels(self) -> np.ndarray:
+        """The real kernels (K, size, size), float64, zero mean and unit norm; orientation varies fastest."""
+        return self._kernels(0.0 if self.energy else self.phase)
+
+    @property
+    def n_maps(self) -> int:
+        """M: maps per image."""
+        return self.orientations * self.frequencies * (1 if self.energy else 2)
+
+    @property
+    def n_features(self) -> int:
+        """Length of an image's feature vector, M · P²."""
+        return self.n_maps * self.pooling**2
+
+    def _kernels(self, phase: float) -> np.ndarray:
+        half = self.kernel_size // 2
+        y, x = np.mgrid[-half : half + 1, -half : half + 1].astype(np.float64)  # (size, size)
+        kernels = []
+        for f in self.cycles:
+            sigma = self.envelope / f
+            for theta in self.angles:
+                along = x * np.cos(theta) + y * np.sin(theta)
+                across = y * np.cos(theta) - x * np.sin(theta)
+                envelope = np.exp(-(along**2 + (self.aspect * across) ** 2) / (2 * sigma**2))
+                kernel = envelope * np.cos(2 * np.pi * f * along + phase)
+                # Without its mean the kernel is blind to brightness; taken off under the envelope, the rim stays soft.
+                kernel -= envelope * (kernel.sum() / envelope.sum())
+                kernels.append(kernel / np.linalg.norm(kernel))
+        return np.stack(kernels)  # (K, size, size)
+
+    def maps(self, images: np.ndarray | torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Rectified (or energy) responses (N, M, H, W), float32, at every pixel; zeros beyond the edge.
+
+        images: (N, H, W) or (N, 1, H, W), in units of [0, 1]. Rectified maps: K positive parts, then K negative ones.
+        """
+        x = _batched(images).to(device)  # (N, 1, H, W)
+        pad = self.kernel_size // 2
+        if not self.energy:
+            r = F.conv2d(x, self._weight(self.phase, device), padding=pad)  # (N, K, H, W)
+            return torch.cat([r, -r], dim=1).relu_()  # (N, 2K, H, W)
+        even = F.conv2d(x, self._weight(0.0, device), padding=pad)  # (N, K, H, W)
+        odd = F.conv2d(x, self._weight(-np.pi / 2, device), padding=pad)  # (N, K, H, W)
+        return torch.hypot(even, odd)
+
+    def features(self, images: np.ndarray | torch.Tensor, device: torch.device | str = "cpu") -> np.ndarray:
+        """Feature vectors (N, M · P²), float32: maps, pooled, compressed; by chunks, so that memory stays bounded.
+
+        images: (N, H, W) or (N, 1, H, W), in units of [0, 1].
+        """
+        images = _batched(images)
+        out = np.empty((len(images), self.n_features), dtype=np.float32)
+        windows = [torch.from_numpy(pooling_windows(n, self.pooling)).to(device) for n in images.shape[2:]]
+        for start in range(0, len(images), CHUNK):
+            maps = self.maps(images[start : start + CHUNK], device)  # (n, M, H, W)
+            pooled = torch.einsum("nmhw,hp->nmpw", maps, windows[0]) @ windows[1]  # (n, M, P, P)
+            out[start : start + CHUNK] = pooled.clamp_(min=0).pow_(self.power).flatten(1).cpu().numpy()
+        return out
+
+    def _weight(self, phase: float, device: torch.device | str) -> torch.Tensor:
+        return torch.from_numpy(self._kernels(phase)).float()[:, None].to(device)  # (K, 1, size, size)
+
+
+def pooling_windows(size: int, windows: int) -> np.ndarray:
+    """Gaussian windows along one axis: float32 (size, windows), each column sums to 1.
+
+    The centres lie in the middle of `windows` equal parts of the axis, σ is 0.6 of a part.
+    """
+    spacing = size / windows
+    centres = (np.arange(windows) + 0.5) * spacing - 0.5
+    weights = np.exp(-((np.arange(size)[:, None] - centres) ** 2) / (2 * (0.6 * spacing) ** 2))
+    return (weights / weights.sum(0)).astype(np.float32)
+
+
+def _batched(images: np.ndarray | torch.Tensor) -> torch.Tensor:
+    x = torch.as_tensor(images, dtype=torch.float32)
+    if x.ndim == 3:
+        x = x[:, None]
+    if x.ndim != 4 or x.shape[1] != 1:
+        raise ValueError(f"needs images (N, H, W) or (N, 1, H, W), got {tuple(x.shape)}")
+    return x
