@@ -39,7 +39,7 @@ def draw_bank(bank: GaborBank) -> Figure:
 def draw_responses(bank: GaborBank, image: np.ndarray, name: str) -> Figure:
     """One digit through the bank: the image (H, W) in [0, 1], its maps at every pixel, and the pooled maps."""
     maps = bank.maps(image[None])[0].numpy()  # (M, H, W)
-    windows = [pooling_windows(n, bank.pooling) for n in image.shape]
+    windows = [pooling_windows(n, bank.pooling, bank.window) for n in image.shape]
     pooled = np.einsum("mhw,hp,wq->mpq", maps, *windows)  # (M, P, P)
     signs = ["energy"] if bank.energy else ["positive part", "negative part"]
     n_kernels = len(maps) // len(signs)
@@ -62,9 +62,8 @@ def draw_responses(bank: GaborBank, image: np.ndarray, name: str) -> Figure:
         plotting.image_grid(ax, shown, bank.orientations, vmin=0, vmax=float(shown.max()), cmap="magma")
         ax.set_title(title)
     figure.supxlabel("columns: wave along " + ", ".join(f"{np.degrees(a):.4g}°" for a in bank.angles), fontsize=9)
-    axes[0, 1].text(
-        -0.03, 0.5, "frequency falls →", transform=axes[0, 1].transAxes, rotation=270, va="center", ha="right"
-    )
+    down = {"transform": axes[0, 1].transAxes, "rotation": 270, "va": "center", "ha": "right"}
+    axes[0, 1].text(-0.03, 0.5, "frequency falls →", **down)
     return figure
 
 

@@ -31,21 +31,23 @@ class GaborBank:
     envelope: σ in wavelengths; aspect: γ; phase: φ in radians (0 is even: lines, π/2 is odd: edges).
     energy: False takes both rectified signs, max(r, 0) and max(−r, 0). True takes the modulus of a quadrature pair,
         sqrt(r_even² + r_odd²): how much wave there is, not where its crests are (Adelson and Bergen 1985).
-    pooling: P; Gaussian windows at P × P evenly spaced centres, one spacing apart, σ 0.6 of the spacing.
+    pooling: P; each map is averaged under Gaussian windows at P × P evenly spaced centres.
+    window: σ of those windows in units of their spacing; 0 takes the pixel at the centre instead, without pooling.
     power: each pooled value v becomes v^power. Below 1 it keeps a strong stroke from drowning a faint one.
     """
 
     orientations: int = 4
     frequencies: int = 3
     kernel_size: int = 7
-    highest: float = 0.35
-    ratio: float = 0.65
-    envelope: float = 0.5
+    highest: float = 0.4
+    ratio: float = 0.75
+    envelope: float = 0.45
     aspect: float = 1.0
-    phase: float = np.pi / 4
+    phase: float = 0.0
     energy: bool = False
     pooling: int = 6
-    power: float = 0.5
+    window: float = 0.6
+    power: float = 1 / 3
 
     def __post_init__(self):
         for name in ("orientations", "frequencies", "kernel_size", "pooling"):
@@ -118,7 +120,7 @@ class GaborBank:
         """
         images = _batched(images)
         out = np.empty((len(images), self.n_features), dtype=np.float32)
-        windows = [torch.from_numpy(pooling_windows(n, self.pooling)).to(device) for n in images.shape[2:]]
+        windows = [torch.from_numpy(pooling_windows(n, self.pooling, self.window)).to(device) for n in images.shape[2:]]
         for start in range(0, len(images), CHUNK):
             maps = self.maps(images[start : start + CHUNK], device)  # (n, M, H, W)
             pooled = torch.einsum("nmhw,hp->nmpw", maps, windows[0]) @ windows[1]  # (n, M, P, P)
@@ -129,14 +131,17 @@ class GaborBank:
         return torch.from_numpy(self._kernels(phase)).float()[:, None].to(device)  # (K, 1, size, size)
 
 
-def pooling_windows(size: int, windows: int) -> np.ndarray:
-    """Gaussian windows along one axis: float32 (size, windows), each column sums to 1.
+def pooling_windows(size: int, windows: int, sigma: float) -> np.ndarray:
+    """Gaussian windows along an axis of `size` pixels: float32 (size, windows), each column sums to 1.
 
-    The centres lie in the middle of `windows` equal parts of the axis, σ is 0.6 of a part.
+    The centres lie in the middle of `windows` equal parts of the axis; sigma is in parts, 0 for a single pixel.
     """
     spacing = size / windows
     centres = (np.arange(windows) + 0.5) * spacing - 0.5
-    weights = np.exp(-((np.arange(size)[:, None] - centres) ** 2) / (2 * (0.6 * spacing) ** 2))
+    distance = np.arange(size)[:, None] - centres  # (size, windows)
+    if sigma == 0:
+        return np.eye(size, dtype=np.float32)[:, np.abs(distance).argmin(0)]
+    weights = np.exp(-(distance**2) / (2 * (sigma * spacing) ** 2))
     return (weights / weights.sum(0)).astype(np.float32)
 
 

@@ -20,11 +20,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from mnist_svm_gabor.classifier import SEARCH_SIZE, Classifier, Grid, accuracy_metrics, fit, search
+from mnist_svm_gabor.classifier import Classifier, accuracy_metrics, choose_and_fit, default_grid
 from mnist_svm_gabor.features import BANKS, Preparation
 from mnist_svm_gabor.figures import draw_bank, draw_comparison, draw_responses
 from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main
-from shared_utils.data import Images, load_images, subset, train_val_split
+from shared_utils.data import Images, load_images, split_positions, stratified_order, subset
 from shared_utils.device import pick_device
 from shared_utils.plotting import save_figure
 from shared_utils.runs import start_run
@@ -43,9 +43,13 @@ def build_parser():
     parser.add_argument("--gamma", type=positive_float, help="kernel width × total variance (default: chosen likewise)")
     parser.add_argument("--components", type=positive_int, default=100, help="principal components kept")
     bank = BANKS[14]
-    parser.add_argument("--orientations", type=positive_int, help=f"of the bank ({bank.orientations}; 8 at 28×28)")
-    parser.add_argument("--frequencies", type=positive_int, help=f"of the bank ({bank.frequencies}; 2 at 28×28)")
-    parser.add_argument("--kernel-size", type=positive_int, help=f"of a filter ({bank.kernel_size}; 11 at 28×28)")
+    parser.add_argument(
+        "--orientations", type=positive_int, help=f"of the bank (default: {bank.orientations}; 8 at 28×28)"
+    )
+    parser.add_argument("--frequencies", type=positive_int, help=f"of the bank (default: {bank.frequencies})")
+    parser.add_argument(
+        "--kernel-size", type=positive_int, help=f"of a filter, odd (default: {bank.kernel_size}; 13 at 28×28)"
+    )
     return parser
 
 
@@ -59,18 +63,22 @@ def bank_from(args):
         raise UserError(f"no such filter bank: {error}") from None
 
 
-def load(args, rng: np.random.Generator) -> tuple[Images, Images, Images, Images]:
-    """Training images (those asked for), their two parts for choosing (fit, validation), and the test images."""
+def load(args, rng: np.random.Generator) -> tuple[Images, Images, np.ndarray, np.ndarray]:
+    """Training images (those asked for), test images, and the positions of the split, those to fit to shuffled."""
     train = load_images(args.dataset, "train", args.data_dir, shape=(1, 28, 28))
     if args.train_size is not None:
         if args.train_size > len(train):
             raise UserError(f"--train-size {args.train_size}: {args.dataset} has {len(train)} training images")
         train = subset(train, args.train_size, rng)
-    for_fit, val = train_val_split(train) if len(train) >= 6 else (train[:0], train)
-    if len(np.unique(for_fit.y)) < len(train.classes):
-        raise UserError(f"--train-size {len(train)}: too few for each of the {len(train.classes)} classes to occur")
-    test = load_images(args.dataset, "test", args.data_dir, shape=(1, 28, 28))
-    return train, subset(for_fit, min(SEARCH_SIZE, len(for_fit)), rng), val, test
+    if len(train) < 2 * len(train.classes):
+        raise UserError(
+            f"--train-size {len(train)}: needs at least two images for each of {len(train.classes)} classes"
+        )
+    train_at, val_at = split_positions(train.y)
+    train_at = train_at[stratified_order(train.y[train_at], rng)]
+    if len(np.unique(train.y[train_at])) < len(train.classes):
+        raise UserError(f"the {len(train)} training images leave a class out; use more")
+    return train, load_images(args.dataset, "test", args.data_dir, shape=(1, 28, 28)), train_at, val_at
 
 
 def main(argv=None) -> dict:
@@ -78,12 +86,11 @@ def main(argv=None) -> dict:
     args = build_parser().parse_args(argv)
     rng, device = seed_everything(args.seed), pick_device(args.device)
     bank = bank_from(args)
-    train, for_search, val, test = load(args, rng)
+    train, test, train_at, val_at = load(args, rng)
     run = start_run(args)
 
-    grid = Grid(components=args.components)
-    Cs = (0.01, 0.03, 0.1, 0.3, 1.0) if args.kernel == "linear" else grid.Cs
-    grid = replace(grid, Cs=(args.C,) if args.C else Cs, gammas=(args.gamma,) if args.gamma else grid.gammas)
+    grid = default_grid(args.kernel, args.components)
+    grid = replace(grid, Cs=[args.C] if args.C else grid.Cs, gammas=[args.gamma] if args.gamma else grid.gammas)
     metrics: dict = {"train_size": len(train), "resolution": args.resolution, "kernel": args.kernel}
     predicted = {}
     for name, preparation in (
@@ -93,35 +100,30 @@ def main(argv=None) -> dict:
         started = time.perf_counter()
         x, x_test = preparation(train.x, device), preparation(test.x, device)  # (N, D) each
         featured = time.perf_counter()
-        trials = search(
-            preparation(for_search.x, device), for_search.y, preparation(val.x, device), val.y, args.kernel, grid
-        )
-        searched = time.perf_counter()
-        projection, svm = fit(x, train.y, args.kernel, trials[0], args.components)
-        fitted = time.perf_counter()
-        predicted[name] = svm.predict(projection(x_test))
+        fitted = choose_and_fit(x, train.y, train_at, val_at, args.kernel, grid)
+        predicted[name] = fitted.predict(x_test)
         metrics[name] = {
             **accuracy_metrics(predicted[name], test.y),
             "features": x.shape[1],
-            "components": projection.matrix.shape[1],
-            "support_vectors": 0 if svm.support is None else len(svm.support),
-            "chosen": trials[0],
-            "trials": trials,
+            "components": fitted.projection.matrix.shape[1],
+            "support_vectors": 0 if fitted.svm.support is None else len(fitted.svm.support),
+            "chosen": fitted.trials[0],
+            "trials": fitted.trials,
             "features_seconds": featured - started,
-            "search_seconds": searched - featured,
-            "fit_seconds": fitted - searched,
-            "predict_seconds": time.perf_counter() - fitted,
+            "search_seconds": fitted.search_seconds,
+            "fit_seconds": fitted.fit_seconds,
         }
-        if args.kernel == "linear":
-            metrics[name]["one_vs_one"] = one_against_one(x, x_test, train.y, test.y, trials[0], args.components)
-        Classifier(preparation, projection, svm, train.classes).save(run.path(f"{name}.npz"))
-        run.log(
-            features=name, val=trials[0]["val_accuracy"], test=metrics[name]["test_accuracy"], fit_s=fitted - searched
-        )
+        if args.kernel == "linear":  # one machine per pair of classes beside it, its C chosen likewise
+            pairs = choose_and_fit(x, train.y, train_at, val_at, "linear-ovo", grid)
+            found = accuracy_metrics(pairs.predict(x_test), test.y)
+            metrics[name]["one_vs_one"] = {**found, "chosen": pairs.trials[0]}
+        Classifier(preparation, fitted.projection, fitted.svm, train.classes).save(run.path(f"{name}.npz"))
+        chosen = fitted.trials[0]
+        run.log(features=name, val_accuracy=chosen["val_accuracy"], test_accuracy=metrics[name]["test_accuracy"])
 
-    raw, gabor = metrics["raw"], metrics["gabor"]
-    only_gabor, only_raw, p = mcnemar(predicted["gabor"] == test.y, predicted["raw"] == test.y)
-    metrics["gain_points"] = 100 * (gabor["test_accuracy"] - raw["test_accuracy"])
+    right = {name: labels == test.y for name, labels in predicted.items()}
+    only_gabor, only_raw, p = mcnemar(right["gabor"], right["raw"])
+    metrics["gain_points"] = 100 * (metrics["gabor"]["test_accuracy"] - metrics["raw"]["test_accuracy"])
     metrics["mcnemar"] = {"only_gabor_right": only_gabor, "only_raw_right": only_raw, "p": p}
 
     save_figure(draw_bank(bank), run.path("gabor_filters_visualization.png"))
@@ -131,12 +133,6 @@ def main(argv=None) -> dict:
     comparison = draw_comparison(predicted["raw"], predicted["gabor"], test, title)
     save_figure(comparison, run.path("gabor_vs_baseline_confusion.png"))
     return run.finish(metrics)
-
-
-def one_against_one(x, x_test, y, y_test, chosen: dict, components: int) -> dict:
-    """The linear kernel with one machine per pair of classes, with the same C."""
-    projection, svm = fit(x, y, "linear-ovo", chosen, components)
-    return accuracy_metrics(svm.predict(projection(x_test)), y_test)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ _TEXTS = {
     ),
 }
 _BOOKS = {"books": tuple(_TEXTS), "shakespeare": ("shakespeare",)}
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -165,16 +165,23 @@ def stratified_order(y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return shuffled[np.argsort((rank + 0.5) / counts[labels], kind="stable")]
 
 
-def train_val_split(images: Images, n_val: int | None = None) -> tuple[Images, Images]:
-    """The fixed split into training and validation images: stratified, the same whatever the seed of the run.
+def split_positions(y: np.ndarray, n_val: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The fixed split as two sorted arrays of positions in y, for training and for validation.
 
-    n_val: validation images, a sixth by default (10,000 of MNIST's 60,000).
+    It is stratified and the same whatever the seed of the run. n_val: validation images, a sixth by default (10,000 of
+    MNIST's 60,000). Errors: `UserError` when either part would be empty.
     """
-    n_val = len(images) // 6 if n_val is None else n_val
-    if not 0 < n_val < len(images):
-        raise UserError(f"cannot hold out {n_val} of {len(images)} images for validation")
-    order = stratified_order(images.y, np.random.default_rng(0))
-    return images[np.sort(order[n_val:])], images[np.sort(order[:n_val])]
+    n_val = len(y) // 6 if n_val is None else n_val
+    if not 0 < n_val < len(y):
+        raise UserError(f"cannot hold out {n_val} of {len(y)} images for validation")
+    order = stratified_order(y, np.random.default_rng(0))
+    return np.sort(order[n_val:]), np.sort(order[:n_val])
+
+
+def train_val_split(images: Images, n_val: int | None = None) -> tuple[Images, Images]:
+    """The images of the fixed split (`split_positions`): for training and for validation."""
+    train, val = split_positions(images.y, n_val)
+    return images[train], images[val]
 
 
 def subset(images: Images, n: int, rng: np.random.Generator) -> Images:
@@ -260,12 +267,12 @@ def _load_folder(folder: Path, split: str, shape: tuple[int, int, int] | None) -
         (path, label)
         for label, name in enumerate(classes)
         for path in sorted((folder / split / name).glob("*"))
-        if path.suffix.lower() in _IMAGE_SUFFIXES
+        if path.suffix.lower() in IMAGE_SUFFIXES
     ]
     empty = set(range(len(classes))) - {label for _, label in files}
     if not files or (split == "train" and empty):
         where = f"{split}/{classes[min(empty)]}" if empty else split
-        raise UserError(f"--dataset {folder}: {where} has no image ({', '.join(_IMAGE_SUFFIXES)})")
+        raise UserError(f"--dataset {folder}: {where} has no image ({', '.join(IMAGE_SUFFIXES)})")
     x = [read_image(path, shape) for path, _ in files]
     for (path, _), image in zip(files, x, strict=True):
         if image.shape != x[0].shape:
@@ -273,16 +280,19 @@ def _load_folder(folder: Path, split: str, shape: tuple[int, int, int] | None) -
     return Images(np.stack(x), np.array([label for _, label in files], dtype=np.int64), classes, folder.name)
 
 
-def read_image(path: str | Path, shape: tuple[int, int, int] | None = None) -> np.ndarray:
-    """An image file as uint8 (C, H, W): grey stays one channel, anything else becomes RGB.
+def read_image(path: str | Path, shape: tuple[int, int, int] | None = None, channels: int | None = None) -> np.ndarray:
+    """An image file as uint8 (C, H, W): grey stays one channel, anything else becomes RGB; transparency becomes white.
 
-    shape: converted and resized (bilinear) to this (C, H, W). Errors: `UserError` when the file is missing or no image.
+    shape: converted and resized (bilinear) to this (C, H, W). channels: converted to 1 or 3, the size kept.
+    Errors: `UserError` when the file is missing or no image.
     """
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            channels = shape[0] if shape else (1 if image.mode in ("1", "L", "I", "I;16", "F") else 3)
+            if image.has_transparency_data:
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            channels = shape[0] if shape else channels or (1 if image.mode in ("1", "L", "I", "I;16", "F") else 3)
             image = image.convert("L" if channels == 1 else "RGB")
             if shape and image.size != (shape[2], shape[1]):
                 image = image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)

@@ -9,9 +9,11 @@ Each experiment folder declares its runs in `experiment.json`, in the order in w
         {"name": "train", "script": "train.py", "args": ["--epochs", "3"], "minutes": 2,
          "headline": "{test_accuracy:.2%}"}]}
 
-`name` is the run's folder; where it differs from the script's own name, `--out` is passed. `minutes` is what the full
-run takes on two cores, `headline` a format string over metrics.json. One process serves a folder, so that PyTorch is
-loaded once; a failure ends that run alone. Writes report.html and each run's log.txt.
+`name` is the run's folder; where it differs from the script's own name, `--out` is passed. `quick` may hold other
+arguments for the quick run. `minutes` is what the full run takes on two cores, `headline` a format string over
+metrics.json. One process serves a folder, so that PyTorch is loaded once; a failure ends that run alone.
+
+Writes report.html, and each run's log.txt.
 """
 
 import argparse
@@ -39,6 +41,7 @@ class Declared:
     name: str
     script: str
     args: tuple[str, ...]
+    quick_args: tuple[str, ...]
     minutes: float
     headline: str
 
@@ -50,7 +53,8 @@ class Declared:
     def argv(self, runs_dir: Path, quick: bool) -> list[str]:
         """The flags of this run, below `runs_dir`."""
         out = [] if self.name == Path(self.script).stem else ["--out", str(self.folder(runs_dir))]
-        return [*self.args, "--runs-dir", str(runs_dir), *out, *(["--quick"] if quick else [])]
+        args = [*self.quick_args, "--quick"] if quick else self.args
+        return [*args, "--runs-dir", str(runs_dir), *out]
 
     def folder(self, runs_dir: Path) -> Path:
         """Where the run writes."""
@@ -59,10 +63,17 @@ class Declared:
 
 def declared_runs(experiment: str) -> list[Declared]:
     """The runs that `<experiment>/experiment.json` declares, in order."""
-    found = read_json(ROOT / experiment / "experiment.json")
     return [
-        Declared(experiment, run["name"], run["script"], tuple(run.get("args", ())), run["minutes"], run["headline"])
-        for run in found["runs"]
+        Declared(
+            experiment,
+            run["name"],
+            run["script"],
+            args=tuple(run.get("args", ())),
+            quick_args=tuple(run.get("quick", run.get("args", ()))),
+            minutes=run["minutes"],
+            headline=run["headline"],
+        )
+        for run in read_json(ROOT / experiment / "experiment.json")["runs"]
     ]
 
 

@@ -47,7 +47,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def write_json(path: str | Path, value: dict) -> None:
     """Write `value` (NumPy numbers and arrays are converted; NaN is refused with `ValueError`) in one step."""
-    text = json.dumps(value, indent=2, allow_nan=False, default=_to_plain)
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_to_plain)
     with replacing(path) as beside:
         beside.write_text(text + "\n", encoding="utf-8")
 
