@@ -62,7 +62,7 @@ def deskew(x: np.ndarray) -> np.ndarray:
     With the centre of mass (m_x, m_y) and second moments of an image taken as a mass distribution, its slant is
     a = cov(x, y) / var(y): the shear x → x + a (y − m_y) that would have produced it from an upright one. Each output
     pixel reads the input where that shear puts it, bilinearly; the centre of mass moves to the middle of the image.
-    An empty image stays as it is. All N are held at once. Source: LeCun et al. 1998, section II; the moments follow Teague 1980.
+    An empty image stays as it is. All N are held at once. Source: LeCun et al. 1998, its "deskewing" entries.
     """
     x = torch.from_numpy(x.astype(np.float32))
     height, width = x.shape[2:]

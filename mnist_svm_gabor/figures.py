@@ -12,13 +12,13 @@ from shared_utils.data import Images
 def draw_bank(bank: GaborBank) -> Figure:
     """Every kernel of the bank: a row per frequency, a column per orientation."""
     rows, columns = bank.frequencies, bank.orientations
+    kind = "the even half of each quadrature pair" if bank.energy else "zero mean, unit norm"
     figure, axes = plotting.new_figure(
         rows,
         columns,
         width=max(6.0, 1.45 * columns + 1),
-        height=1.45 * rows + 1,
-        title=f"{len(bank.kernels)} Gabor filters, {bank.kernel_size}×{bank.kernel_size} pixels: "
-        + ("the even half of each pair" if bank.energy else "zero mean, unit norm"),
+        height=1.45 * rows + 1.2,
+        title=f"{len(bank.kernels)} Gabor filters of {bank.kernel_size}×{bank.kernel_size} pixels: {kind}",
     )
     limit = np.abs(bank.kernels).max()
     for i, kernel in enumerate(bank.kernels):
@@ -28,30 +28,31 @@ def draw_bank(bank: GaborBank) -> Figure:
         ax.set_yticks([])
         ax.grid(False)
         if i < columns:
-            ax.set_title(f"wave along {np.degrees(bank.angles[i]):.4g}°")
+            ax.set_title(f"{np.degrees(bank.angles[i]):.4g}°")
         if i % columns == 0:
             f = bank.cycles[i // columns]
             ax.set_ylabel(f"{f:.2f} cycles/px\n(wave {1 / f:.1f} px)")
+    figure.supxlabel("column: direction in which the wave varies, clockwise from the right", fontsize=9)
     figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
     return figure
 
 
 def draw_responses(bank: GaborBank, image: np.ndarray, name: str) -> Figure:
-    """One digit through the bank: the image (H, W) in [0, 1], its maps at every pixel, and the pooled maps."""
+    """One digit through the bank: the image (H, W) in [0, 1], its maps at every pixel, and the pooled features."""
     maps = bank.maps(image[None])[0].numpy()  # (M, H, W)
     windows = [pooling_windows(n, bank.pooling, bank.window) for n in image.shape]
-    pooled = np.einsum("mhw,hp,wq->mpq", maps, *windows)  # (M, P, P)
+    pooled = np.clip(np.einsum("mhw,hp,wq->mpq", maps, *windows), 0, None) ** bank.power  # (M, P, P)
     signs = ["energy"] if bank.energy else ["positive part", "negative part"]
     n_kernels = len(maps) // len(signs)
     groups = []
     for s, sign in enumerate(signs):
         part = slice(s * n_kernels, (s + 1) * n_kernels)
-        groups += [(sign, maps[part]), (f"{sign}, pooled to {bank.pooling}×{bank.pooling}", pooled[part])]
+        groups += [(sign, maps[part]), (f"pooled to {bank.pooling}×{bank.pooling}, compressed", pooled[part])]
     figure, axes = plotting.new_figure(
         1,
         1 + len(groups),
         width=2.6 + 0.62 * bank.orientations * len(groups),
-        height=1.0 + 0.72 * bank.frequencies,
+        height=1.2 + 0.72 * bank.frequencies,
         width_ratios=[2.2, *[0.62 * bank.orientations] * len(groups)],
         title=f"A {name} through the bank: each orientation answers to the strokes across its wave",
     )
@@ -59,9 +60,13 @@ def draw_responses(bank: GaborBank, image: np.ndarray, name: str) -> Figure:
     axes[0, 0].set(title=f"input {image.shape[0]}×{image.shape[1]}")
     axes[0, 0].axis("off")
     for ax, (title, shown) in zip(axes[0, 1:], groups, strict=True):
-        plotting.image_grid(ax, shown, bank.orientations, vmin=0, vmax=float(shown.max()), cmap="magma")
+        # Each frequency is scaled to its own maximum: high ones answer faintly.
+        by_frequency = shown.reshape(bank.frequencies, -1)
+        scaled = by_frequency / np.maximum(by_frequency.max(1, keepdims=True), 1e-12)
+        plotting.image_grid(ax, scaled.reshape(shown.shape), bank.orientations, vmin=0, vmax=1, cmap="magma")
         ax.set_title(title)
-    figure.supxlabel("columns: wave along " + ", ".join(f"{np.degrees(a):.4g}°" for a in bank.angles), fontsize=9)
+    angles = ", ".join(f"{np.degrees(a):.4g}°" for a in bank.angles)
+    figure.supxlabel(f"columns: wave along {angles}; rows: frequency, each scaled to its maximum", fontsize=9)
     down = {"transform": axes[0, 1].transAxes, "rotation": 270, "va": "center", "ha": "right"}
     axes[0, 1].text(-0.03, 0.5, "frequency falls →", **down)
     return figure

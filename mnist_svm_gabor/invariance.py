@@ -102,9 +102,19 @@ def main(argv=None) -> dict:
         for kind in found
     ]
     save_figure(draw(found, len(test), test.title, args), run.path("invariance.png"))
-    at_30 = found["rotation"]["strength"].index(30.0)
-    summary = {f"{name}_at_30_degrees": found["rotation"][name][at_30] for name in NAMES}
+    summary = {f"{name}_{key}": value for key, by_name in headline(found).items() for name, value in by_name.items()}
     return run.finish({"n": len(test), **summary, "tolerated": tolerated, "accuracy": found})
+
+
+def headline(found: dict) -> dict[str, dict[str, float]]:
+    """Accuracies at a rotation of 30° (the mean of both ways) and under noise of 0.3, by kind of features."""
+    turned, noisy = found["rotation"], found["noise"]
+    at = [turned["strength"].index(angle) for angle in (-30.0, 30.0)]
+    strong = int(np.argmin(np.abs(np.array(noisy["strength"]) - 0.3)))
+    return {
+        "at_30_degrees": {name: float(np.mean([turned[name][i] for i in at])) for name in NAMES},
+        "under_noise": {name: noisy[name][strong] for name in NAMES},
+    }
 
 
 def tolerance(strengths: list[float], accuracies: list[float], level: float = 0.9) -> str:
@@ -134,10 +144,10 @@ def draw(found: dict, n: int, title: str, args):
     for ax in axes[:, 0]:
         ax.set_ylabel("test accuracy (%)")
     axes[0, 0].legend()
-    at = found["rotation"]["strength"].index(30.0)
-    raw, gabor = (100 * found["rotation"][name][at] for name in NAMES)
+    turned, noisy = ({name: f"{100 * v:.0f} %" for name, v in part.items()} for part in headline(found).values())
     figure.suptitle(
-        f"{title}, {n:,} test images: turned by 30°, raw pixels keep {raw:.1f} % right, Gabor features {gabor:.1f} %"
+        f"{title}, {n:,} test images. Turned by 30°: raw pixels {turned['raw']} right, Gabor {turned['gabor']}; "
+        f"under noise of 0.3: {noisy['raw']} against {noisy['gabor']}"
     )
     return figure
 

@@ -96,6 +96,10 @@ def draw(error: dict, sizes: list[int], title: str):
         ylabel="test error (%)",
         title="error, mean ± std over subsets",
     )
+    low, high = axes[0, 0].get_ylim()
+    ticks = [tick for tick in (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
+    axes[0, 0].set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axes[0, 0].minorticks_off()
     axes[0, 0].legend()
     axes[0, 1].axhspan(*CLAIM, color="#999999", alpha=0.25, label="claimed: +8 to +12", linewidth=0)
     gains = {}
@@ -105,6 +109,9 @@ def draw(error: dict, sizes: list[int], title: str):
     axes[0, 1].axhline(0, color="black", linewidth=0.8)
     axes[0, 1].set(xscale="log", xlabel="training images", ylabel="gain (percentage points)", title="Gabor minus raw")
     axes[0, 1].legend()
+    for ax in axes.flat:
+        ax.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30)
+        ax.minorticks_off()
     first, last = (
         ", ".join(f"{np.nanmean(gains[kernel][:, at]):+.1f} {names[kernel]}" for kernel in KERNELS) for at in (0, -1)
     )
