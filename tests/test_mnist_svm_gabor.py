@@ -1,0 +1,449 @@
+"""mnist_svm_gabor: filters against their formula, the SVM against scikit-learn, bad input, real-data bars."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.signal import correlate2d
+from sklearn.svm import SVC, LinearSVC
+
+from mnist_svm_gabor import ablation, classifier, invariance, learning_curve, predict, train
+from mnist_svm_gabor.classifier import Classifier, Grid, choose_and_fit, default_grid
+from mnist_svm_gabor.features import BANKS, Preparation, deskew, fit_projection
+from mnist_svm_gabor.gabor import CHUNK, GaborBank, pooling_windows
+from mnist_svm_gabor.svm import choose_svm, fit_svm
+from shared_utils.cli import UserError, run_main
+from shared_utils.data import load_images, split_positions
+from shared_utils.runs import ROOT
+
+REAL = ROOT / "data"
+needs_mnist = pytest.mark.skipif(not (REAL / "MNIST/raw").is_dir(), reason="data/ holds no MNIST")
+
+
+def grating(size, f, theta, phase=0.0):
+    y, x = np.mgrid[:size, :size] - (size - 1) / 2
+    return 0.5 + 0.5 * np.cos(2 * np.pi * f * (x * np.cos(theta) + y * np.sin(theta)) + phase)
+
+
+# --- the bank -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bank", [GaborBank(), BANKS[28], GaborBank(3, 2, 5, phase=np.pi / 2, aspect=0.5)])
+def test_kernels_have_zero_mean_and_unit_norm(bank):
+    kernels = bank.kernels
+    assert kernels.shape == (bank.orientations * bank.frequencies, bank.kernel_size, bank.kernel_size)
+    np.testing.assert_allclose(kernels.sum((1, 2)), 0, atol=1e-12)
+    np.testing.assert_allclose((kernels**2).sum((1, 2)), 1, rtol=1e-12)
+
+
+def test_the_default_bank_has_twelve_kernels_and_they_follow_the_formula():
+    bank = GaborBank(orientations=4, frequencies=3)
+    assert len(bank.kernels) == 12
+    f, theta, sigma = bank.cycles[1], bank.angles[3], bank.envelope / bank.cycles[1]
+    assert (f, theta) == (pytest.approx(0.3), pytest.approx(3 * np.pi / 4))
+    x = y = np.arange(-3, 4)
+    expected, envelope = np.empty((7, 7)), np.empty((7, 7))
+    for i in range(7):
+        for j in range(7):
+            along = x[j] * np.cos(theta) + y[i] * np.sin(theta)
+            across = -x[j] * np.sin(theta) + y[i] * np.cos(theta)
+            envelope[i, j] = np.exp(-(along**2 + across**2) / (2 * sigma**2))
+            expected[i, j] = envelope[i, j] * np.cos(2 * np.pi * f * along)
+    expected -= envelope * expected.sum() / envelope.sum()
+    np.testing.assert_allclose(bank.kernels[4 + 3], expected / np.linalg.norm(expected), atol=1e-12)
+
+
+def test_each_kernel_answers_most_to_its_own_orientation():
+    bank = GaborBank(orientations=6, frequencies=1, highest=0.2, kernel_size=11, energy=True)
+    waves = np.stack([grating(28, 0.2, theta) for theta in bank.angles])
+    energy = bank.maps(waves)[:, :, 8:20, 8:20].mean((2, 3)).numpy()  # (wave, kernel)
+    assert energy.argmax(1).tolist() == list(range(6))
+
+
+def test_each_kernel_answers_most_to_its_own_frequency():
+    bank = GaborBank(orientations=1, frequencies=3, highest=0.4, ratio=0.5, kernel_size=15, envelope=0.7, energy=True)
+    waves = np.stack([grating(40, f, 0.0) for f in bank.cycles])
+    energy = bank.maps(waves)[:, :, 10:30, 10:30].mean((2, 3)).numpy()
+    assert energy.argmax(1).tolist() == [0, 1, 2]
+
+
+def test_energy_does_not_see_where_the_crests_are_and_rectified_maps_do():
+    settings = {"orientations": 1, "frequencies": 1, "highest": 0.2, "kernel_size": 21, "envelope": 0.8}
+    waves = np.stack([grating(40, 0.2, 0.0, phase) for phase in (0, np.pi / 3, np.pi / 2)])
+    spread = {}
+    for energy in (False, True):
+        middle = GaborBank(**settings, energy=energy).maps(waves)[:, 0, 20, 20].numpy()
+        spread[energy] = np.ptp(middle) / middle.max()
+    assert spread[True] < 0.02
+    assert spread[False] > 0.3
+
+
+@pytest.mark.parametrize("energy", [False, True])
+def test_features_equal_plain_loops(energy):
+    bank = GaborBank(orientations=3, frequencies=2, kernel_size=5, pooling=3, power=0.5, energy=energy)
+    image = np.random.default_rng(0).random((9, 12))
+    maps = []
+    even = [correlate2d(image, k, mode="same") for k in bank.kernels]
+    if energy:
+        odd = [correlate2d(image, k, mode="same") for k in bank._kernels(-np.pi / 2)]
+        maps = [np.sqrt(e**2 + o**2) for e, o in zip(even, odd, strict=True)]
+    else:
+        maps = [np.maximum(e, 0) for e in even] + [np.maximum(-e, 0) for e in even]
+    rows, columns = pooling_windows(9, 3, bank.window), pooling_windows(12, 3, bank.window)
+    expected = [
+        sum(m[i, j] * rows[i, p] * columns[j, q] for i in range(9) for j in range(12)) ** 0.5
+        for m in maps
+        for p in range(3)
+        for q in range(3)
+    ]
+    found = bank.features(image[None])
+    assert found.shape == (1, bank.n_features)
+    np.testing.assert_allclose(found[0], expected, rtol=2e-5)
+
+
+def test_chunks_change_nothing():
+    images = np.random.default_rng(0).random((CHUNK + 3, 14, 14), dtype=np.float32)
+    together = GaborBank().features(images)
+    np.testing.assert_allclose(together[-3:], GaborBank().features(images[-3:]), rtol=1e-5, atol=1e-6)
+    assert np.array_equal(together, GaborBank().features(images[:, None]))
+
+
+def test_pooling_windows():
+    weights = pooling_windows(28, 6, 0.6)
+    np.testing.assert_allclose(weights.sum(0), 1, rtol=1e-6)
+    assert np.allclose(weights, weights[::-1, ::-1])
+    picked = pooling_windows(28, 7, 0)
+    assert picked.argmax(0).tolist() == [1, 5, 9, 13, 17, 21, 25]
+    assert picked.sum() == 7
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"kernel_size": 8}, {"kernel_size": 1}, {"orientations": 0}, {"highest": 0.6}, {"pooling": 0}]
+)
+def test_a_bank_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        GaborBank(**wrong)
+
+
+def test_images_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"\(2, 3, 8, 8\)"):
+        GaborBank().features(np.zeros((2, 3, 8, 8)))
+
+
+# --- deskewing, projection ----------------------------------------------------------------------------------------
+
+
+def moments(image):
+    y, x = np.mgrid[: image.shape[0], : image.shape[1]]
+    mass = image.sum()
+    my, mx = (image * y).sum() / mass, (image * x).sum() / mass
+    return my, mx, (image * (y - my) * (x - mx)).sum() / mass
+
+
+def test_deskewing_takes_the_slant_away_and_centres():
+    y, x = np.mgrid[:28, :28]
+    # Centred between two rows, so that reading between rows, which blurs, plays no part; faded before the edge.
+    slanted = np.exp(-((x - 10 - 0.6 * (y - 15.5)) ** 2) / 4 - (y - 15.5) ** 2 / 16) * 255
+    assert abs(moments(slanted)[2]) > 4
+    upright = deskew(slanted[None, None])[0, 0]
+    my, mx, covariance = moments(upright)
+    assert (my, mx) == (pytest.approx(13.5, abs=0.05), pytest.approx(13.5, abs=0.05))
+    assert abs(covariance) < 0.02
+    np.testing.assert_allclose(deskew(upright[None, None])[0, 0], upright, atol=2)
+
+
+def test_an_empty_image_and_one_of_a_single_row_survive_deskewing():
+    images = np.zeros((2, 1, 28, 28), dtype=np.uint8)
+    images[1, 0, 5, 3:20] = 200
+    out = deskew(images)
+    assert np.isfinite(out).all()
+    assert out[0].max() == 0
+    assert out[1].sum() == pytest.approx(images[1].sum(), rel=0.01)
+
+
+def test_projection_whitens_as_much_as_asked():
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((5000, 6)) * [5, 4, 3, 2, 1, 0.5] @ np.linalg.qr(rng.standard_normal((6, 6)))[0]).astype(
+        np.float32
+    )
+    variance = np.sort(np.linalg.eigvalsh(np.cov(x.T, bias=True)))[::-1]
+    for whitening in (0.0, 0.5, 1.0):
+        z = fit_projection(x, 6, whitening)(x)
+        np.testing.assert_allclose(np.cov(z.T, bias=True), np.diag(variance ** (1 - whitening)), atol=2e-3)
+        np.testing.assert_allclose(z.mean(0), 0, atol=1e-4)
+    plain = fit_projection(x, 6, 0.0)(x)
+    np.testing.assert_allclose(np.linalg.norm(plain[0] - plain[1]), np.linalg.norm(x[0] - x[1]), rtol=1e-4)
+    assert fit_projection(x, 3, 0.5).matrix.shape == (6, 3)
+
+
+def test_projection_leaves_out_directions_without_variance():
+    x = np.random.default_rng(0).standard_normal((100, 5)).astype(np.float32)
+    x[:, 3] = 7
+    assert fit_projection(x, 5, 1.0).matrix.shape == (5, 4)
+
+
+# --- the SVM ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    rng = np.random.default_rng(0)
+    y = np.arange(600) % 5
+    x = (rng.standard_normal((5, 8))[y] * 1.2 + rng.standard_normal((600, 8))).astype(np.float32)
+    return x[:400], y[:400], x[400:], y[400:]
+
+
+@pytest.mark.parametrize("n_classes", [2, 5])
+@pytest.mark.parametrize("kernel", ["rbf", "poly", "linear-ovo"])
+def test_our_predictions_are_scikit_learns(blobs, kernel, n_classes):
+    x, y, x_test, _ = blobs
+    x, y = x[y < n_classes], y[y < n_classes]
+    machine = fit_svm(x, y, kernel, C=2.0, gamma=0.7)
+    gamma = 0.7 / x.var(0, dtype=np.float64).sum()
+    name = kernel.removesuffix("-ovo")
+    theirs = SVC(C=2.0, kernel=name, gamma=gamma, coef0=1.0, break_ties=n_classes > 2, decision_function_shape="ovr")
+    theirs.fit(x, y)
+    assert np.array_equal(machine.predict(x_test), theirs.predict(x_test))
+    theirs.set_params(decision_function_shape="ovo", break_ties=False)
+    decisions = theirs.decision_function(x_test)
+    ours = machine.decide(x_test)
+    if n_classes == 2:
+        decisions = -decisions[:, None]
+    np.testing.assert_allclose(ours, decisions, atol=2e-3)
+
+
+@pytest.mark.parametrize("n_classes", [2, 5])
+def test_one_against_the_rest_is_linear_svc(blobs, n_classes):
+    x, y, x_test, _ = blobs
+    x, y = x[y < n_classes], y[y < n_classes]
+    theirs = LinearSVC(C=0.3, dual=False, tol=1e-3).fit(x, y)
+    assert np.array_equal(fit_svm(x, y, "linear", C=0.3).predict(x_test), theirs.predict(x_test))
+
+
+def test_a_missing_class_is_refused(blobs):
+    x, y, _, _ = blobs
+    with pytest.raises(ValueError, match="every class"):
+        fit_svm(x[y != 2], y[y != 2], "rbf", C=1.0)
+
+
+def test_the_search_puts_the_fewest_errors_first_and_never_sees_the_test_set(blobs):
+    x, y, x_val, y_val = blobs
+    rows = choose_svm(x, y, x_val, y_val, "rbf", [0.01, 1.0], [0.1, 1.0])
+    assert [row["val_errors"] for row in rows] == sorted(row["val_errors"] for row in rows)
+    best = fit_svm(x, y, "rbf", rows[0]["C"], rows[0]["gamma"])
+    assert rows[0]["val_errors"] == (best.predict(x_val) != y_val).sum()
+    assert len(choose_svm(x, y, x_val, y_val, "linear", [0.1, 1.0], [0.1, 1.0])) == 2
+
+
+def test_the_projection_of_the_search_is_fitted_without_the_validation_images(blobs, monkeypatch):
+    x, y, _, _ = blobs
+    seen = []
+    monkeypatch.setattr(classifier, "fit_projection", lambda x, *a: seen.append(len(x)) or fit_projection(x, *a))
+    train_at, val_at = split_positions(y, 100)
+    choose_and_fit(x, y, train_at, val_at, "rbf", Grid([1.0], [1.0], [0.0, 0.5], 4))
+    assert seen == [300, 300, 400]
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    images = load_images("digits", "train")
+    prepare = Preparation(14, True, GaborBank())
+    train_at, val_at = split_positions(images.y)
+    found = choose_and_fit(prepare(images.x), images.y, train_at, val_at, "rbf", default_grid("rbf"))
+    return Classifier(prepare, found.projection, found.svm, images.classes)
+
+
+def test_a_stored_classifier_predicts_the_same(fitted, tmp_path):
+    test = load_images("digits", "test")
+    fitted.save(tmp_path / "model.npz")
+    again = Classifier.load(tmp_path / "model.npz")
+    assert again.preparation == fitted.preparation
+    assert np.array_equal(again.scores(test.x), fitted.scores(test.x))
+    assert (again.predict(test.x) == test.y).mean() > 0.95
+
+
+def test_a_stored_classifier_that_is_none(fitted, tmp_path):
+    fitted.save(tmp_path / "model.npz")
+    with np.load(tmp_path / "model.npz") as file:
+        arrays = dict(file)
+    np.savez(tmp_path / "other.npz", **{**arrays, "bank_flavour": np.array(3)})
+    with pytest.raises(UserError, match="no classifier of this version"):
+        Classifier.load(tmp_path / "other.npz")
+    del arrays["weights"]
+    np.savez(tmp_path / "other.npz", **arrays)
+    with pytest.raises(UserError, match="lacks weights"):
+        Classifier.load(tmp_path / "other.npz")
+
+
+# --- distortions, pictures ----------------------------------------------------------------------------------------
+
+
+def test_warp_against_what_numpy_does():
+    x = np.random.default_rng(0).integers(0, 256, (3, 1, 28, 28), dtype=np.uint8)
+    assert np.array_equal(invariance.warp(x), x)
+    assert np.array_equal(invariance.warp(x, degrees=90), np.rot90(x, axes=(2, 3)))
+    moved = invariance.warp(x, shift=3)
+    assert np.array_equal(moved[..., 3:], x[..., :-3])
+    assert moved[..., :3].max() == 0
+    dot = np.zeros((1, 1, 28, 28), dtype=np.uint8)
+    dot[0, 0, 13:15, 19:21] = 255  # its centre 6 pixels right of the middle
+    assert moments(invariance.warp(dot, scale=1.5)[0, 0].astype(float))[1] == pytest.approx(13.5 + 9, abs=0.1)
+
+
+def test_noise_has_the_strength_asked_for():
+    grey = np.full((4, 1, 28, 28), 128, dtype=np.uint8)
+    noisy = invariance.with_noise(grey, 0.1, seed=0)
+    assert noisy.std() == pytest.approx(25.5, rel=0.05)
+    assert np.array_equal(noisy, invariance.with_noise(grey, 0.1, seed=0))
+    assert np.array_equal(invariance.with_noise(grey, 0.0, seed=0), grey)
+
+
+def test_tolerance_is_the_unbroken_range():
+    assert invariance.tolerance([-2, -1, 0, 1, 2], [0.95, 0.5, 0.99, 0.91, 0.2]) == "0 … 1"
+    assert invariance.tolerance([0.9, 1.0, 1.1], [0.95, 0.99, 0.95]) == "0.9 … 1.1"
+    assert invariance.tolerance([0, 1], [0.5, 0.95]) == "none"
+
+
+def test_pictures_of_the_learners_own_are_brought_into_mnists_form(fitted):
+    test = load_images("digits", "test")[:60]
+    pictures = []
+    for image in test.x[:, 0]:
+        page = Image.new("L", (400, 300), 230)  # dark ink on a light page, off the middle
+        ink = Image.fromarray(230 - (image.astype(int) * 200 // 255).astype(np.uint8)).resize((140, 140))
+        page.paste(ink, (220, 30))
+        pictures.append(predict.as_mnist(np.asarray(page)[None], "page"))
+    pictures = np.stack(pictures)
+    assert pictures.shape == (60, 1, 28, 28)
+    assert (fitted.predict(pictures) == test.y).mean() > 0.9
+    assert np.array_equal(predict.as_mnist(test.x[0], "x"), test.x[0])
+    assert np.array_equal(predict.as_mnist(255 - test.x[0], "x"), test.x[0])
+    with pytest.raises(UserError, match="nothing is drawn"):
+        predict.as_mnist(np.full((1, 50, 60), 255, dtype=np.uint8), "blank")
+
+
+# --- scripts ------------------------------------------------------------------------------------------------------
+
+
+def fails(module, flags, capsys, out=None):
+    """The one line that `module` ends with; exit code 2; nothing written to `out`."""
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: module.main([str(flag) for flag in flags]), module.build_parser)
+    assert stop.value.code == 2
+    written = capsys.readouterr()
+    assert len(written.err.strip().splitlines()) == 1, written.err
+    assert out is None or not out.exists()
+    return written.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset", "imagenet"], "neither a known set"),
+        (["--dataset", "shapes"], "needs 1×28×28"),
+        (["--train-size", "0"], "whole number above 0"),
+        (["--train-size", "70000", "--dataset", "digits"], "digits has 1437 training images"),
+        (["--train-size", "12", "--dataset", "digits"], "at least two images for each"),
+        (["--C", "-1"], "finite number above 0"),
+        (["--gamma", "nan"], "finite number above 0"),
+        (["--kernel", "cubic"], "invalid choice"),
+        (["--kernel-size", "8", "--dataset", "digits"], "kernel_size must be odd"),
+        (["--resolution", "13"], "invalid choice"),
+        (["--device", "toaster"], "--device toaster"),
+        (["--data-dir", "{tmp}/nowhere", "--dataset", "mnist"], "could not download"),
+        (["--dataset", "{tmp}"], "needs train/<class>"),
+    ],
+)
+def test_bad_input_to_training(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    out = tmp_path / "out"
+    assert message in fails(train, [*(flag.format(tmp=tmp_path) for flag in flags), "--out", out], capsys, out)
+
+
+def test_an_unwritable_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    flags = ["--dataset", "digits", "--out", tmp_path / "file" / "run"]
+    assert "cannot write" in fails(train, flags, capsys)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@needs_mnist
+def test_a_truncated_idx_file(tmp_path, capsys):
+    shutil.copytree(REAL / "MNIST", tmp_path / "MNIST")
+    path = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:1000])
+    out = tmp_path / "out"
+    message = fails(train, ["--data-dir", tmp_path, "--out", out], capsys, out)
+    assert "train-images-idx3-ubyte is damaged" in message
+
+
+def test_bad_input_to_the_readers(fitted, tmp_path, capsys):
+    fitted.save(tmp_path / "model.npz")
+    (tmp_path / "no_image.png").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    model, out = ["--model", tmp_path / "model.npz"], tmp_path / "out"
+    cases = [
+        (predict, [*model, tmp_path / "no_image.png"], "it is no image"),
+        (predict, [*model, tmp_path / "absent.png"], "no such file"),
+        (predict, [*model, tmp_path / "empty"], "has no image"),
+        (predict, ["--model", tmp_path / "no_image.png"], "no .npz file"),
+        (predict, ["--runs-dir", tmp_path], "`python mnist_svm_gabor/train.py` makes it"),
+        (invariance, ["--runs-dir", tmp_path, "--quick"], "`python mnist_svm_gabor/train.py --quick` makes it"),
+        (learning_curve, ["--sizes", "20", "--dataset", "digits"], "--sizes must lie between 50"),
+        (learning_curve, ["--sizes", "2000", "--dataset", "digits"], "the 1437 of digits"),
+        (ablation, ["--train-size", "2000", "--dataset", "digits"], "digits has 1437"),
+    ]
+    for module, flags, message in cases:
+        assert message in fails(module, [*flags, "--out", out], capsys, out)
+
+
+def test_the_learners_own_folder_trains_and_predicts(tmp_path):
+    test = load_images("digits", "test")
+    for i, (image, label) in enumerate(zip(test.x, test.y, strict=True)):
+        if label < 3:
+            folder = tmp_path / "mine" / ("test" if i % 3 == 0 else "train") / f"digit {label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image[0]).save(folder / f"{i}.png")
+    flags = ["--dataset", tmp_path / "mine", "--out", tmp_path / "run"]
+    metrics = train.main([str(flag) for flag in flags])
+    assert metrics["gabor"]["test_accuracy"] > 0.9
+    pictures = sorted((tmp_path / "mine/test/digit 2").iterdir())
+    flags = ["--model", tmp_path / "run/gabor.npz", "--out", tmp_path / "answers", *pictures[:3]]
+    answers = predict.main([str(flag) for flag in flags])["predictions"]
+    assert [answer["prediction"] for answer in answers] == ["digit 2"] * 3
+
+
+def test_run_as_a_command(tmp_path):
+    command = [sys.executable, "mnist_svm_gabor/train.py", "--train-size", "0", "--out", str(tmp_path / "out")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "train.py: error: argument --train-size: must be a whole number above 0, got '0'\n"
+
+
+# --- what it must reach, on the real set --------------------------------------------------------------------------
+
+
+@needs_mnist
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "gabor", "raw"),
+    [
+        ([], 0.993, 0.985),
+        (["--resolution", "28", "--deskew"], 0.995, 0.985),
+        (["--kernel", "linear", "--train-size", "10000"], 0.98, 0.90),
+    ],
+)
+def test_real_data_bars(flags, gabor, raw, tmp_path):
+    torch.set_num_threads(2)
+    metrics = train.main([*flags, "--data-dir", str(REAL), "--out", str(tmp_path / "run")])
+    assert metrics["gabor"]["test_accuracy"] >= gabor
+    assert metrics["raw"]["test_accuracy"] >= raw
+    assert metrics["mcnemar"]["p"] < 1e-4
+    if "linear" in flags:
+        assert metrics["gain_points"] >= 6
