@@ -9,7 +9,7 @@ the READMEs alone. No number in a README is typed by hand; it stands between mar
 
     <!-- runs --> … <!-- /runs -->                        in an experiment's README: each published run, a row each
     <!-- results --> … <!-- /results -->                  in the first README: the same for all experiments
-    <!-- table train errors: step, accuracy:.2% --> … <!-- /table -->     a list of rows in metrics.json, these columns
+    <!-- table train errors: step | accuracy:.2% --> … <!-- /table -->    a list of rows in metrics.json, these columns
     <!-- value train {test_accuracy:.2%} --> … <!-- /value -->            a format string over metrics.json
 
 `train` is a run's name; in the first README it is `experiment/train`.
@@ -112,7 +112,7 @@ def _run_row(run: Declared, with_experiment: bool) -> list[str]:
 
 
 def _table(rows: list[dict], columns: str) -> str:
-    wanted = [column.strip().partition(":") for column in columns.split(",")]
+    wanted = [column.strip().partition(":") for column in columns.split("|")]
     cells = [["–" if row[key] is None else format(row[key], spec) for key, _, spec in wanted] for row in rows]
     return _markdown([key.replace("_", " ") for key, _, _ in wanted], cells)
 

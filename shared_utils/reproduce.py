@@ -96,8 +96,11 @@ def perform(run: Declared, runs_dir: Path, quick: bool) -> dict:
             error = f"{type(bug).__name__}: {bug}"
             traceback.print_exc(file=log)
     folder = run.folder(runs_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "log.txt").write_text(log.getvalue(), encoding="utf-8")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "log.txt").write_text(log.getvalue(), encoding="utf-8")
+    except OSError as trouble:
+        error = error or f"cannot write {folder}/log.txt: {trouble.strerror}"
     return {"seconds": round(time.perf_counter() - started, 1), "error": error}
 
 

@@ -1,0 +1,142 @@
+"""reproduce goes on after a failure and says so; the report stands alone; publish refuses what is not a result."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from shared_utils import publish, report, reproduce, runs
+from shared_utils.cli import UserError
+from shared_utils.runs import ROOT
+
+PNG = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010806000000"
+    "1f15c4890000000d49444154789c6360606060000000050001a5f645400000000049454e44ae426082"
+)
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A root folder with one experiment of two runs, and where its runs go."""
+    home = tmp_path / "house" / "toy"
+    home.mkdir(parents=True)
+    declared = [
+        {"name": "train", "script": "train.py", "minutes": 1, "headline": "accuracy {accuracy:.1%}"},
+        {"name": "wide", "script": "train.py", "args": ["--width", "9"], "quick": ["--width", "2"], "minutes": 2}
+        | {"headline": "{accuracy:.1%}"},
+    ]
+    about = {"title": "A toy & more", "question": "Does <it> work?", "runs": declared}
+    (home / "experiment.json").write_text(json.dumps(about))
+    (tmp_path / "house" / "README.md").write_text("<!-- results -->\n<!-- /results -->\n")
+    readme = (
+        "<!-- runs -->old<!-- /runs -->\n<!-- table train rows: step | p:.2f -->\n<!-- /table -->\n"
+        "It is <!-- value train {accuracy:.1%} --><!-- /value --> right."
+    )
+    (home / "README.md").write_text(readme)
+    for module in (reproduce, publish, report, runs):
+        monkeypatch.setattr(module, "ROOT", tmp_path / "house")
+    return tmp_path / "house"
+
+
+def finished_run(folder, quick=False, accuracy=0.5):
+    folder.mkdir(parents=True)
+    about = {"command": "python toy/train.py --out runs/x", "quick": quick, "seconds": 61.0, "machine": "M, 2 cores"}
+    rows = [{"step": "a", "p": None}, {"step": "b|c", "p": 0.0312}]
+    metrics = {"accuracy": accuracy, "rows": rows, "run": {**about, "commit": "abc", "dataset": "mnist"}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "curve.png").write_bytes(PNG)
+    (folder / "best.npz").write_bytes(b"weights stay here")
+
+
+def test_flags_of_a_declared_run(house, tmp_path):
+    train, wide = reproduce.declared_runs("toy")
+    assert train.argv(tmp_path, quick=False) == ["--runs-dir", str(tmp_path)]
+    assert wide.argv(tmp_path, quick=False)[:2] == ["--width", "9"]
+    quick = wide.argv(tmp_path, quick=True)
+    assert quick[:3] == ["--width", "2", "--quick"]
+    assert quick[-2:] == ["--out", str(tmp_path / "toy" / "wide")]
+
+
+def test_publishing_copies_metrics_and_figures_and_fills_the_readmes(house, tmp_path):
+    finished_run(tmp_path / "runs" / "toy" / "train")
+    assert publish.publish("toy", tmp_path / "runs") == ["train"]
+    copied = sorted(p.name for p in (house / "toy" / "results" / "train").iterdir())
+    assert copied == ["curve.png", "metrics.json"]
+    text = publish.render(house / "toy" / "README.md")
+    assert "| accuracy 50.0% | `python toy/train.py` | mnist | 1 min 1 s | M, 2 cores | abc |" in text
+    assert "old" not in text
+    assert "| a | – |\n| b\\|c | 0.03 |" in text
+    assert "<!-- value train {accuracy:.1%} -->50.0%<!-- /value -->" in text
+    assert "[toy](toy)" in publish.render(house / "README.md")
+    (house / "toy" / "README.md").write_text(text)
+    assert publish.render(house / "toy" / "README.md") == text
+    (house / "toy" / "results" / "train" / "metrics.json").write_text(
+        (house / "toy" / "results" / "train" / "metrics.json").read_text().replace("0.5", "0.75")
+    )
+    assert publish.render(house / "toy" / "README.md") != text
+
+
+def test_publishing_refuses_what_is_not_a_result(house, tmp_path):
+    runs_dir = tmp_path / "runs"
+    with pytest.raises(UserError, match="no finished run"):
+        publish.publish("toy", runs_dir)
+    finished_run(runs_dir / "toy" / "train")
+    with pytest.raises(UserError, match="declares no run other"):
+        publish.publish("toy", runs_dir, ["other"])
+    with pytest.raises(UserError, match="cannot read"):
+        publish.publish("toy", runs_dir, ["wide"])
+    finished_run(runs_dir / "toy" / "wide", quick=True)
+    with pytest.raises(UserError, match="quick run"):
+        publish.publish("toy", runs_dir)
+    (runs_dir / "toy" / "train" / "curve.png").write_bytes(b"x" * 300_001)
+    with pytest.raises(UserError, match="300"):
+        publish.publish("toy", runs_dir, ["train"])
+    assert not (house / "toy" / "results").exists()
+
+
+def test_a_marker_that_cannot_be_filled_is_named(house, tmp_path):
+    finished_run(tmp_path / "runs" / "toy" / "train")
+    publish.publish("toy", tmp_path / "runs")
+    (house / "toy" / "README.md").write_text("<!-- value train {loss:.1f} --><!-- /value -->")
+    with pytest.raises(UserError, match=r"value train \{loss:.1f\}.*KeyError"):
+        publish.render(house / "toy" / "README.md")
+
+
+def test_the_report_stands_alone(house, tmp_path):
+    finished_run(tmp_path / "runs" / "toy" / "train")
+    (tmp_path / "runs" / "toy" / "outcomes.json").write_text(json.dumps({"wide": {"error": "it <broke>"}}))
+    report.write_report(tmp_path / "report.html", tmp_path / "runs", ["toy"])
+    page = (tmp_path / "report.html").read_text()
+    assert "A toy &amp; more" in page
+    assert "Does &lt;it&gt; work?" in page
+    assert "it &lt;broke&gt;" in page
+    assert page.count("data:image/png;base64,") == 1
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
+    assert "<script" not in page
+    assert "prefers-color-scheme: dark" in page
+    assert "width=device-width" in page
+
+
+@pytest.mark.slow
+def test_a_failure_ends_that_run_alone_and_the_command_with_1(tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    busy = tmp_path / "runs" / "mnist_svm_gabor" / "ablation"
+    busy.mkdir(parents=True)
+    command = [sys.executable, "-m", "shared_utils.reproduce", "--quick", "--only", "mnist_svm_gabor"]
+    command += ["--runs-dir", str(tmp_path / "runs"), "--report", str(tmp_path / "report.html")]
+    with (busy / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("failed: mnist_svm_gabor/ablation: another run is writing")
+    lines = ended.stdout.splitlines()
+    assert sum(line.endswith("s  ok") for line in lines) == len(reproduce.declared_runs("mnist_svm_gabor")) - 1
+    assert "another run is writing" in (tmp_path / "report.html").read_text()
+
+
+def test_an_unknown_experiment_is_named():
+    with pytest.raises(SystemExit) as stop:
+        reproduce.main(["--only", "no_such_folder"])
+    assert stop.value.code == 2
