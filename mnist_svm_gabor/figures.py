@@ -54,7 +54,7 @@ def draw_responses(bank: GaborBank, image: np.ndarray, name: str) -> Figure:
         width=2.6 + 0.62 * bank.orientations * len(groups),
         height=1.2 + 0.72 * bank.frequencies,
         width_ratios=[2.2, *[0.62 * bank.orientations] * len(groups)],
-        title=f"A {name} through the bank: each orientation answers to the strokes across its wave",
+        title=f"{name} through the bank: each orientation answers to the strokes across its wave",
     )
     axes[0, 0].imshow(image)
     axes[0, 0].set(title=f"input {image.shape[0]}×{image.shape[1]}")

@@ -82,12 +82,13 @@ def main(argv=None) -> dict:
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
     classifier = Classifier.load(args.model or find_output(args, "train", "gabor.npz"))
-    labels = None
+    labels, source = None, "the pictures given"
     if args.paths:
         names = [str(path) for path in files_in(args.paths)]
         x = np.stack([as_mnist(read_image(name, channels=1), name) for name in names])
     else:
         test = load_images(args.dataset, "test", args.data_dir, shape=(1, 28, 28))[:24]
+        source = test.title
         names, x, labels = [f"{args.dataset} test image {i}" for i in range(len(test))], test.x, test.y
     run = start_run(args)
 
@@ -109,7 +110,7 @@ def main(argv=None) -> dict:
     figure, axes = new_figure(
         width=max(5.0, 0.75 * columns),
         height=0.7 + 0.85 * -(-shown // columns),
-        title=f"What the classifier saw, and its answer ({shown} of {len(x)})",
+        title=f"What the classifier saw of {source}, and its answers ({shown} of {len(x)})",
     )
     image_grid(axes[0, 0], x[:shown], columns, labels=[row["prediction"] for row in rows[:shown]])
     save_figure(figure, run.path("predictions.png"))

@@ -128,7 +128,8 @@ def main(argv=None) -> dict:
 
     save_figure(draw_bank(bank), run.path("gabor_filters_visualization.png"))
     shown = Preparation(args.resolution, args.deskew).images(test.x[:1])[0, 0]
-    save_figure(draw_responses(bank, shown, train.classes[test.y[0]]), run.path("filter_responses.png"))
+    name = f"Test image 0 of {test.title} ({test.classes[test.y[0]]})"
+    save_figure(draw_responses(bank, shown, name), run.path("filter_responses.png"))
     title = f"{test.title}, {args.resolution}×{args.resolution}, {args.kernel} SVM, {len(train):,} training images"
     comparison = draw_comparison(predicted["raw"], predicted["gabor"], test, title)
     save_figure(comparison, run.path("gabor_vs_baseline_confusion.png"))

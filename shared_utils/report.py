@@ -45,19 +45,18 @@ def _section(experiment: str, runs_dir: Path) -> str:
     about = read_json(ROOT / experiment / "experiment.json")
     outcomes_file = runs_dir / experiment / "outcomes.json"
     outcomes = read_json(outcomes_file) if outcomes_file.exists() else {}
-    runs = "".join(
-        _run(run["name"], runs_dir / experiment / run["name"], outcomes.get(run["name"], {})) for run in about["runs"]
-    )
+    runs = "".join(_run(run, runs_dir / experiment / run["name"], outcomes) for run in about["runs"])
     title, question = html.escape(about["title"]), html.escape(about["question"])
     return f'<h2 id="{experiment}">{title}</h2><p>{question}</p>{runs}'
 
 
-def _run(name: str, folder: Path, outcome: dict) -> str:
-    parts = [f"<h3>{html.escape(name)}</h3>"]
+def _run(run: dict, folder: Path, outcomes: dict) -> str:
+    parts = [f"<h3>{html.escape(run['name'])}</h3>"]
     if not (folder / "metrics.json").exists():
-        error = outcome.get("error") or "it was not run"
+        error = outcomes.get(run["name"], {}).get("error") or "it was not run"
         return "".join(parts) + f'<p class="bad">No result: {html.escape(error)}</p>'
     metrics = read_json(folder / "metrics.json")
+    parts.append(f"<p>{html.escape(run['headline'].format(**metrics))}</p>")
     about = metrics.pop("run")
     data = f"{about['dataset']}, " if "dataset" in about else ""
     parts.append(f"<pre>{html.escape(about['command'])}</pre>")

@@ -54,7 +54,8 @@ class Declared:
         """The flags of this run, below `runs_dir`."""
         out = [] if self.name == Path(self.script).stem else ["--out", str(self.folder(runs_dir))]
         args = [*self.quick_args, "--quick"] if quick else self.args
-        return [*args, "--runs-dir", str(runs_dir), *out]
+        usual = runs_dir == Path("runs/quick" if quick else "runs")
+        return [*args, *([] if usual else ["--runs-dir", str(runs_dir)]), *out]
 
     def folder(self, runs_dir: Path) -> Path:
         """Where the run writes."""

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +54,7 @@ def finished_run(folder, quick=False, accuracy=0.5):
 def test_flags_of_a_declared_run(house, tmp_path):
     train, wide = reproduce.declared_runs("toy")
     assert train.argv(tmp_path, quick=False) == ["--runs-dir", str(tmp_path)]
+    assert train.argv(Path("runs"), quick=False) == []
     assert wide.argv(tmp_path, quick=False)[:2] == ["--width", "9"]
     quick = wide.argv(tmp_path, quick=True)
     assert quick[:3] == ["--width", "2", "--quick"]
