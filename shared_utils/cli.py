@@ -10,6 +10,7 @@ A user's mistake is one line on stderr and exit code 2; a bug keeps its tracebac
 import argparse
 import math
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -40,12 +41,13 @@ non_negative_int = _checked(int, lambda v: v >= 0, "a whole number, 0 or more")
 positive_float = _checked(float, lambda v: v > 0 and math.isfinite(v), "a finite number above 0")
 non_negative_float = _checked(float, lambda v: v >= 0 and math.isfinite(v), "a finite number, 0 or more")
 finite_float = _checked(float, math.isfinite, "a finite number")
+seed_number = _checked(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")
 fraction = _checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False):
+        if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
 
@@ -71,10 +73,12 @@ class ExperimentParser(argparse.ArgumentParser):
         argv = [str(arg) for arg in (sys.argv[1:] if args is None else args)]
         parsed, rest = super().parse_known_args(argv, namespace)
         if getattr(parsed, "quick", False):
+            if unknown := set(self.quick) - set(vars(parsed)):
+                raise ValueError(f"quick defaults for flags that do not exist: {', '.join(sorted(unknown))}")
             # A value that the namespace already holds beats a default, and a flag in argv beats both.
             parsed, rest = super().parse_known_args(argv, argparse.Namespace(**self.quick))
         parsed.experiment, parsed.script = self.experiment, self.script
-        parsed.command = " ".join([self.prog, *argv])
+        parsed.command = f"{self.prog} {shlex.join(argv)}".strip()
         parsed.started = time.perf_counter()
         return parsed, rest
 
@@ -101,7 +105,7 @@ def make_parser(
     if dataset in STAND_INS:
         quick.setdefault("dataset", STAND_INS[dataset])
     parser = ExperimentParser(doc or "", quick)
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="seed of everything random")
+    parser.add_argument("--seed", type=seed_number, default=0, help="seed of everything random")
     if device:
         parser.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or one of these")
     if dataset is not None:

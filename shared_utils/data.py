@@ -11,6 +11,7 @@ every load. Shapes: N images, C channels, H W pixels.
 
 import contextlib
 import hashlib
+import http.client
 import io
 import re
 import socket
@@ -124,7 +125,7 @@ def load_text(name: str, root: str | Path = "data") -> dict[str, str]:
         return {"pydocs": embedded.pydocs()}
     if not Path(name).is_dir():
         raise UserError(f"--dataset {name}: neither a known text ({', '.join(_BOOKS)}, pydocs) nor a folder of *.txt")
-    texts = {path.stem: _read_text(path) for path in sorted(Path(name).glob("*.txt"))}
+    texts = {path.stem: _body(_read_text(path)) for path in sorted(Path(name).glob("*.txt"))}
     if not texts:
         raise UserError(f"--dataset {name}: the folder has no *.txt file")
     return texts
@@ -238,7 +239,7 @@ def _download(name: str, dataset: type, root: Path, folder: str) -> None:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             dataset(root, download=True)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # a broken download raises anything from URLError to tarfile.ReadError
         stand_in = "shapes" if name == "cifar10" else "digits"
         raise UserError(
             f"{name} is not in {root / folder} and torchvision could not download it ({error}); "
@@ -257,17 +258,17 @@ def _load_folder(folder: Path, split: str, shape: tuple[int, int, int] | None) -
     layout = f"--dataset {folder}: needs train/<class>/*.png and test/<class>/*.png"
     if not (folder / "train").is_dir() or not (folder / split).is_dir():
         raise UserError(layout)
-    classes = tuple(sorted(path.name for path in (folder / "train").iterdir() if path.is_dir()))
+    classes = tuple(_class_folders(folder / "train"))
     if len(classes) < 2:
         raise UserError(f"{layout}; train/ has {len(classes)} class folder(s), at least two are needed")
-    strangers = sorted({path.name for path in (folder / split).iterdir() if path.is_dir()} - set(classes))
+    strangers = sorted(set(_class_folders(folder / split)) - set(classes))
     if strangers:
         raise UserError(f"--dataset {folder}: {split}/{strangers[0]} is a class that train/ does not have")
     files = [
         (path, label)
         for label, name in enumerate(classes)
         for path in sorted((folder / split / name).glob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
     ]
     empty = set(range(len(classes))) - {label for _, label in files}
     if not files or (split == "train" and empty):
@@ -280,19 +281,27 @@ def _load_folder(folder: Path, split: str, shape: tuple[int, int, int] | None) -
     return Images(np.stack(x), np.array([label for _, label in files], dtype=np.int64), classes, folder.name)
 
 
-def read_image(path: str | Path, shape: tuple[int, int, int] | None = None, channels: int | None = None) -> np.ndarray:
-    """An image file as uint8 (C, H, W): grey stays one channel, anything else becomes RGB; transparency becomes white.
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
-    shape: converted and resized (bilinear) to this (C, H, W). channels: converted to 1 or 3, the size kept.
-    Errors: `UserError` when the file is missing or no image.
+
+def read_image(path: str | Path, shape: tuple[int, int, int] | None = None, channels: int | None = None) -> np.ndarray:
+    """An image file as uint8 (C, H, W), upright as the camera meant it; transparency becomes white.
+
+    Grey stays one channel, anything else becomes RGB. shape: converted and resized (bilinear) to this (C, H, W).
+    channels: converted to 1 or 3, the size kept. Errors: `UserError` when the file is missing or no image.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            if image.has_transparency_data:
+            image = ImageOps.exif_transpose(image)
+            grey = image.mode in ("1", "L", "LA", "La", "I", "I;16", "F")
+            if image.mode == "I;16" or (image.mode == "I" and image.getextrema()[1] > 255):
+                image = Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))  # 16 bits
+            if "A" in image.getbands() or "transparency" in image.info:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            channels = shape[0] if shape else channels or (1 if image.mode in ("1", "L", "I", "I;16", "F") else 3)
+            channels = shape[0] if shape else channels or (1 if grey else 3)
             image = image.convert("L" if channels == 1 else "RGB")
             if shape and image.size != (shape[2], shape[1]):
                 image = image.resize((shape[2], shape[1]), Image.Resampling.BILINEAR)
@@ -312,12 +321,14 @@ def _load_book(title: str, root: Path) -> str:
             path.parent.mkdir(parents=True, exist_ok=True)
             with urllib.request.urlopen(address, timeout=30) as answer:
                 content = answer.read()
-        except OSError as error:
+            # Project Gutenberg revises its files: what came down is noted, so that damage to it is found all the same.
+            if hashlib.md5(content).hexdigest() != expected and b"*** START OF TH" not in content:
+                raise OSError(f"it sent {len(content)} bytes that are not the book")
+        except (OSError, http.client.HTTPException) as error:
             raise UserError(
                 f"{path} is missing and {address} could not be read ({error}); put the file there, "
                 "or use --dataset pydocs, which needs none"
             ) from None
-        # Project Gutenberg revises its files: what came down is noted, so that damage to it is found all the same.
         for target, data in ((noted, hashlib.md5(content).hexdigest().encode()), (path, content)):
             with replacing(target) as beside:
                 beside.write_bytes(data)

@@ -1,12 +1,14 @@
 """`torchrun` support in four lines of a training script.
 
-    with process_group(args.device) as world:                       # one process without torchrun
+    with process_group(args.device) as world:                          # one process without torchrun
         run = start_run(args, writes=world.is_main)
-        model = wrap(model, world)                                  # averages the gradients
-        for batch in minibatches(n, batch_size, rng):               # the same order in every rank …
-            loss(model, shard(batch, world)).backward()             # … of which each rank takes its part
+        ddp = wrap(model, world)                                       # averages the gradients; save `model`
+        for batch in minibatches(n, batch_size, rng, drop_last=True):  # the same order in every rank …
+            loss(ddp, shard(batch, world)).backward()                  # … of which each rank takes its part
 
-The batch size is the global one: n processes with n-th parts give the gradient of the whole batch, as one would.
+The batch size is the global one: n processes with n-th parts give the gradient of the mean loss over the whole batch,
+as one process would. That holds for what is computed image by image. BatchNorm sees its rank's part alone; and noise is
+to be drawn for the whole batch and then sharded, for all ranks draw the same.
 """
 
 import os

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+ZERO = 1e-10  # a gradient below this everywhere is what central differences cannot tell from none
+
 
 def numerical_gradient(f: Callable[[], float], x: np.ndarray, h: float = 1e-5) -> np.ndarray:
     """Central differences of `f()` with respect to each element of `x`, which `f` reads and which is restored.
@@ -37,6 +39,8 @@ def relative_error(a: np.ndarray, n: np.ndarray) -> float:
     if a.shape != n.shape:
         raise ValueError(f"gradient has shape {a.shape}, its array {n.shape}")
     scale = np.abs(a).max(initial=0.0) + np.abs(n).max(initial=0.0)
+    if not np.isfinite(scale):
+        raise ValueError("a gradient is not finite")
     if scale == 0:
         raise ValueError("both gradients are all zero, which proves nothing: choose another input")
     return float(np.abs(a - n).max() / scale)
@@ -59,9 +63,10 @@ def check_gradients(
     """
     dy = rng.standard_normal(np.shape(forward()))
     analytic = {name: np.array(gradient) for name, gradient in backward(dy).items()}
-    missing = set(arrays) - set(analytic)
-    if missing:
+    if missing := set(arrays) - set(analytic):
         raise ValueError(f"no gradient for {', '.join(sorted(missing))}")
+    if zero := [name for name in arrays if np.abs(analytic[name]).max(initial=0.0) < ZERO]:
+        raise ValueError(f"the gradient of {', '.join(zero)} is all zero, which proves nothing: choose another input")
 
     def objective() -> float:
         return float(np.sum(dy * np.asarray(forward())))

@@ -55,12 +55,19 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = 110) -> None:
         figure.savefig(beside, format="png", dpi=dpi, metadata={"Software": None})
 
 
-def curves(ax: Axes, x: Sequence[float], series: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str) -> None:
-    """Draw each named series against x with its own colour and dash, and the legend."""
-    for i, (name, y) in enumerate(series.items()):
-        ax.plot(x, y, label=name, color=COLORS[i % len(COLORS)], linestyle=DASHES[i // 2 % len(DASHES)])
+def curves(
+    ax: Axes, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, xlabel: str, ylabel: str
+) -> None:
+    """Draw each named (x, y) with its own colour and dash, and the legend."""
+    for index, (name, (x, y)) in enumerate(series.items()):
+        ax.plot(x, y, label=name, **line_style(index))
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend()
+
+
+def line_style(index: int) -> dict[str, str]:
+    """Colour and dash of the index-th curve: neighbours differ in both, and the first 32 are all different."""
+    return {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[(index + index // len(COLORS)) % len(DASHES)]}
 
 
 def mean_std(
@@ -68,14 +75,15 @@ def mean_std(
 ) -> None:
     """Draw the mean of `values` (runs, len(x)) against x, with a band of one sample standard deviation.
 
-    index: which colour and dash; runs that are NaN at an x are left out there.
+    index: which colour and dash. A run that is NaN at an x is left out there; one run alone has no band.
     """
-    values = np.asarray(values, dtype=np.float64)
-    mean = np.nanmean(values, axis=0)
-    std = np.nanstd(values, axis=0, ddof=1) if len(values) > 1 else np.zeros_like(mean)
-    color = COLORS[index % len(COLORS)]
-    ax.plot(x, mean, label=label, color=color, linestyle=DASHES[index % len(DASHES)], marker=marker, markersize=4)
-    ax.fill_between(x, mean - std, mean + std, color=color, alpha=0.2, linewidth=0)
+    values = np.ma.masked_invalid(np.asarray(values, dtype=np.float64))
+    mean, n = values.mean(axis=0), values.count(axis=0)
+    squares = ((values - mean) ** 2).sum(axis=0)
+    std = np.sqrt(squares / np.maximum(n - 1, 1)).filled(0)
+    mean, style = mean.filled(np.nan), line_style(index)
+    ax.plot(x, mean, label=label, marker=marker, markersize=4, **style)
+    ax.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def image_grid(
@@ -97,7 +105,7 @@ def image_grid(
         images = images[:, None]
     n, channels, height, width = images.shape
     rows = -(-n // columns)
-    gap, under = 1, (max(3, height // 4) if labels else 0)
+    gap, under = 1, (0 if labels is None else max(3, height // 4))
     tall, wide = height + gap + under, width + gap
     color = channels == 3
     scale = 255 if images.dtype == np.uint8 else 1
@@ -105,7 +113,7 @@ def image_grid(
     for i, image in enumerate(images):
         top, left = i // columns * tall, i % columns * wide
         mosaic[top : top + height, left : left + width] = image.transpose(1, 2, 0) / (scale if color else 1)
-        if labels:
+        if labels is not None:
             ax.text(left + width / 2 - 0.5, top + height + under / 2, labels[i], ha="center", va="center", fontsize=8)
     ax.imshow(
         mosaic if color else np.ma.masked_invalid(mosaic[..., 0]),

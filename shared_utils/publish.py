@@ -17,12 +17,13 @@ the READMEs alone. No number in a README is typed by hand; it stands between mar
 
 import argparse
 import re
+import shlex
 import shutil
 from pathlib import Path
 
 from shared_utils.cli import UserError
 from shared_utils.reproduce import Declared, declared_runs, experiments
-from shared_utils.runs import ROOT, read_json, replacing
+from shared_utils.runs import ROOT, figures, read_json, replacing
 
 MAX_FIGURE_BYTES = 300_000
 _MARKED = re.compile(r"(<!-- (runs|results|table|value)\b(.*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
@@ -45,14 +46,14 @@ def publish(experiment: str, runs_dir: Path, only: list[str] | None = None) -> l
     for folder in found.values():
         if read_json(folder / "metrics.json")["run"]["quick"]:
             raise UserError(f"{folder} is a quick run, which is not published")
-        for figure in folder.glob("*.png"):
+        for figure in figures(folder):
             if figure.stat().st_size > MAX_FIGURE_BYTES:
                 raise UserError(f"{figure} has {figure.stat().st_size // 1000} KB, the limit is 300")
     for name, folder in found.items():
         target = ROOT / experiment / "results" / name
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
-        for file in [folder / "metrics.json", *sorted(folder.glob("*.png"))]:
+        for file in [folder / "metrics.json", *figures(folder)]:
             shutil.copyfile(file, target / file.name)
     return list(found)
 
@@ -103,10 +104,12 @@ def _runs_table(folders: list[str], with_experiment: bool) -> str:
 def _run_row(run: Declared, with_experiment: bool) -> list[str]:
     metrics = _metrics(run.experiment, run.name)
     about = metrics["run"]
-    minutes, seconds = divmod(about["seconds"], 60)
-    took = f"{minutes:.0f} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(about["seconds"]), 60)
+    took = f"{minutes} min {seconds} s" if minutes else f"{about['seconds']:.1f} s"
     first = [f"[{run.experiment}]({run.experiment})"] if with_experiment else []
-    command = re.sub(r" --(runs-dir|out) \S+", "", about["command"])
+    words = shlex.split(about["command"])
+    places = [i for i, word in enumerate(words) if word in ("--runs-dir", "--out")]  # each with its value
+    command = shlex.join(word for i, word in enumerate(words) if i not in places and i - 1 not in places)
     measured = run.headline.format(**metrics)
     return [*first, measured, f"`{command}`", about.get("dataset", "–"), took, about["machine"], about["commit"]]
 

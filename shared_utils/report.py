@@ -7,7 +7,7 @@ import base64
 import html
 from pathlib import Path
 
-from shared_utils.runs import ROOT, read_json, replacing
+from shared_utils.runs import ROOT, figures, read_json, replacing
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #ccc; --soft: #666; --back: #fff; --text: #111; --box: #f4f4f4; --bad: #a00; }
@@ -52,11 +52,15 @@ def _section(experiment: str, runs_dir: Path) -> str:
 
 def _run(run: dict, folder: Path, outcomes: dict) -> str:
     parts = [f"<h3>{html.escape(run['name'])}</h3>"]
-    if not (folder / "metrics.json").exists():
-        error = outcomes.get(run["name"], {}).get("error") or "it was not run"
+    error = outcomes.get(run["name"], {}).get("error")
+    if error or not (folder / "metrics.json").exists():
+        error = error or "it was not run"
         return "".join(parts) + f'<p class="bad">No result: {html.escape(error)}</p>'
     metrics = read_json(folder / "metrics.json")
-    parts.append(f"<p>{html.escape(run['headline'].format(**metrics))}</p>")
+    try:
+        parts.append(f"<p>{html.escape(run['headline'].format(**metrics))}</p>")
+    except (KeyError, IndexError, TypeError, ValueError):  # metrics of an older version of the script
+        parts.append('<p class="bad">Made by another version of the script; run it again.</p>')
     about = metrics.pop("run")
     data = f"{about['dataset']}, " if "dataset" in about else ""
     parts.append(f"<pre>{html.escape(about['command'])}</pre>")
@@ -64,7 +68,7 @@ def _run(run: dict, folder: Path, outcomes: dict) -> str:
         f'<p class="soft">{html.escape(data)}{about["seconds"]:.1f} s on {html.escape(about["machine"])}, '
         f"commit {html.escape(about['commit'])}</p>"
     )
-    for figure in sorted(folder.glob("*.png")):
+    for figure in figures(folder):
         inlined = base64.b64encode(figure.read_bytes()).decode()
         parts.append(
             f'<figure><img alt="{html.escape(figure.stem)}" src="data:image/png;base64,{inlined}">'

@@ -19,7 +19,6 @@ Writes report.html, and each run's log.txt.
 import argparse
 import contextlib
 import importlib
-import io
 import os
 import subprocess
 import sys
@@ -85,23 +84,24 @@ def experiments() -> list[str]:
 
 def perform(run: Declared, runs_dir: Path, quick: bool) -> dict:
     """Make one run in this process, its output in `log.txt`; returns {"seconds": …, "error": None or one line}."""
-    started, error, log = time.perf_counter(), None, io.StringIO()
-    with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    started, error, folder = time.perf_counter(), None, run.folder(runs_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = (folder / "log.txt").open("w", encoding="utf-8", buffering=1)
+    except OSError as trouble:
+        return {"seconds": 0.0, "error": f"cannot write to {folder}: {trouble.strerror}"}
+    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             importlib.import_module(run.module).main(run.argv(runs_dir, quick))
         except UserError as mistake:
             error = str(mistake)
-        except SystemExit as stop:  # argparse's way out; its line is in the log
-            error = f"exit code {stop.code}: {' '.join(log.getvalue().splitlines()[-1:])}" if stop.code else None
+        except SystemExit as stop:  # argparse's way out
+            error = f"exit code {stop.code}" if stop.code else None
         except Exception as bug:
             error = f"{type(bug).__name__}: {bug}"
-            traceback.print_exc(file=log)
-    folder = run.folder(runs_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "log.txt").write_text(log.getvalue(), encoding="utf-8")
-    except OSError as trouble:
-        error = error or f"cannot write {folder}/log.txt: {trouble.strerror}"
+            traceback.print_exc()
+        if error:
+            print(error)
     return {"seconds": round(time.perf_counter() - started, 1), "error": error}
 
 

@@ -8,8 +8,10 @@ return run.finish({"test_accuracy": 0.91})
 import argparse
 import csv
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -25,6 +27,8 @@ from shared_utils.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 _NOT_FLAGS = ("command", "experiment", "script", "started")
+_MAY_DIFFER = ("resume", "device", "data_dir", "out", "runs_dir")  # on resuming
+_OF_ONE_RUN = ("metrics.json", "history.csv", "last.pth", "last.npz")
 
 
 @contextmanager
@@ -63,7 +67,7 @@ def read_json(path: str | Path) -> dict:
 
 
 def _to_plain(value):
-    if isinstance(value, np.ndarray | np.generic):
+    if hasattr(value, "tolist"):  # NumPy's and PyTorch's arrays and scalars
         return value.tolist()
     if isinstance(value, Path):
         return str(value)
@@ -77,13 +81,31 @@ def run_folder(args: argparse.Namespace, script: str | None = None) -> Path:
     return Path(args.runs_dir) / args.experiment / (script or args.script)
 
 
-def find_output(args: argparse.Namespace, script: str, filename: str) -> Path:
-    """A file that another script of this experiment wrote. Errors: `UserError` with the command that makes it."""
-    path = run_folder(args, script) / filename
+def find_output(args: argparse.Namespace, script: str, filename: str, experiment: str | None = None) -> Path:
+    """A file that another script wrote, of this experiment or of `experiment`, below the same `--runs-dir`.
+
+    Errors: `UserError` with the command that makes it.
+    """
+    experiment = experiment or args.experiment
+    path = Path(args.runs_dir) / experiment / script / filename
     if not path.exists():
-        quick = " --quick" if args.quick else ""
-        raise UserError(f"{path} is missing; `python {args.experiment}/{script}.py{quick}` makes it")
+        flags = " --quick" if args.quick else ""
+        if args.runs_dir != ("runs/quick" if args.quick else "runs"):
+            flags += f" --runs-dir {args.runs_dir}"
+        raise UserError(f"{path} is missing; `python {experiment}/{script}.py{flags}` makes it")
     return path
+
+
+def figures(folder: Path) -> list[Path]:
+    """The PNGs that the run in `folder` wrote, by name; what an earlier run left there is older than config.json."""
+    started = (folder / "config.json").stat().st_mtime
+    return [path for path in sorted(folder.glob("*.png")) if path.stat().st_mtime >= started]
+
+
+def check_finite(loss: float, step: int, lr: float) -> None:
+    """Stop the run when its loss is not finite: `UserError` with the step, the learning rate and what to do."""
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} at step {step} with learning rate {lr:g}: try a lower --lr")
 
 
 class Run:
@@ -91,7 +113,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, folder: Path, lock, writes: bool):
         self.folder, self.writes, self._args, self._lock = folder, writes, args, lock
-        self._fields: list[str] = []
+        self._commit = commit()  # as the run starts: files may change under a long one
 
     def path(self, name: str) -> Path:
         """Where this run's file `name` goes."""
@@ -101,38 +123,39 @@ class Run:
         """Append `row` to `history.csv` and print it as one line; every row has the same columns."""
         if not self.writes:
             return
-        path = self.path("history.csv")
-        new = not path.exists()
-        if not self._fields:
-            self._fields = list(row) if new else _columns(path)
-        if list(row) != self._fields:
-            raise ValueError(f"history.csv has the columns {self._fields}, this row has {list(row)}")
+        path, row = self.path("history.csv"), {name: _scalar(value) for name, value in row.items()}
+        header, _ = _read_history(path)
+        if header and list(row) != header:
+            raise ValueError(f"history.csv has the columns {header}, this row has {list(row)}")
         try:
-            with path.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                if new:
-                    writer.writerow(self._fields)
-                writer.writerow(row.values())
+            with path.open("a" if header else "w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([row.values()] if header else [row, row.values()])
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         tqdm.write("  ".join(f"{name} {_fixed(value)}" for name, value in row.items()))
         sys.stdout.flush()
 
-    def rewind(self, column: str, last: float) -> None:
-        """Drop the rows of `history.csv` beyond `column` = `last`: a resumed run writes them again."""
+    def history(self) -> list[dict[str, str]]:
+        """The rows of `history.csv` so far, as text; a resumed run's include those before it stopped."""
+        header, rows = _read_history(self.path("history.csv"))
+        return [dict(zip(header, row, strict=True)) for row in rows]
+
+    def rewind(self, rows: int) -> None:
+        """Keep the first `rows` rows of `history.csv`: a resumed run writes those after its checkpoint again.
+
+        A script stores `len(run.history())` in its checkpoint.
+        """
         path = self.path("history.csv")
-        if not self.writes or not path.exists():
-            return
-        with path.open(newline="", encoding="utf-8") as file:
-            header, *rows = csv.reader(file)
-        at = header.index(column)
-        with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([header, *(row for row in rows if float(row[at]) <= last)])
+        header, found = _read_history(path)
+        if self.writes and header:
+            with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([header, *found[:rows]])
 
     def finish(self, metrics: dict) -> dict:
         """Write `metrics.json`, which also says how it came about, and return its content.
 
-        Same seed and machine: the same metrics, but for `run` and for names that end in `seconds`.
+        `run` says the command, data set, machine and commit, and the seconds of this process (a resumed run's alone).
+        Same seed and machine: the same metrics, timings aside.
         """
         args = self._args
         dataset = getattr(args, "dataset", None)
@@ -142,7 +165,7 @@ class Run:
             **({"dataset": str(dataset)} if dataset else {}),
             "seconds": round(time.perf_counter() - args.started, 1),
             "machine": machine(str(getattr(args, "device", "cpu"))),
-            "commit": commit(),
+            "commit": self._commit,
         }
         metrics = json.loads(json.dumps({**metrics, "run": about}, allow_nan=False, default=_to_plain))
         if self.writes:
@@ -154,28 +177,43 @@ class Run:
 
 
 def start_run(args: argparse.Namespace, *, writes: bool = True) -> Run:
-    """Make the run's folder, write `config.json`, and drop an earlier run's history and metrics.
+    """Make the run's folder and write `config.json`; an earlier run's metrics, history and last checkpoint go.
 
-    With `--resume` the history is kept. `writes=False` (ranks above 0) touches nothing.
-    Errors: `UserError` when the folder cannot be written, or another run is writing to it.
+    With `--resume` they stay, and the flags must be those of the run that is resumed (where it runs may differ).
+    `writes=False` (ranks above 0) touches nothing.
+    Errors: `UserError` when the folder cannot be written, another run is writing to it, or a resumed flag differs.
     """
     folder = run_folder(args)
     if not writes:
         return Run(args, folder, None, writes)
+    flags = {key: value for key, value in vars(args).items() if key not in _NOT_FLAGS}
+    flags = json.loads(json.dumps(flags, default=_to_plain))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _lock(folder)
+        if (folder / "config.json").exists():
+            if getattr(args, "resume", False):
+                _refuse_other_flags(flags, read_json(folder / "config.json")["flags"])
+            else:
+                for name in _OF_ONE_RUN:
+                    (folder / name).unlink(missing_ok=True)
+            for left in folder.glob(".*.*"):  # what a killed run was writing
+                if re.fullmatch(r"\..+\.\d+\.\w+", left.name):
+                    left.unlink()
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
-    flags = {key: value for key, value in vars(args).items() if key not in _NOT_FLAGS}
-    about = {"command": args.command, "commit": commit(), "versions": versions()}
-    write_json(
-        folder / "config.json", {**about, "machine": machine(str(getattr(args, "device", "cpu"))), "flags": flags}
-    )
-    stale = ["metrics.json"] if getattr(args, "resume", False) else ["metrics.json", "history.csv"]
-    for name in stale:
-        (folder / name).unlink(missing_ok=True)
-    return Run(args, folder, lock, writes)
+    run = Run(args, folder, lock, writes)
+    about = {"command": args.command, "commit": run._commit, "versions": versions()}
+    about["machine"] = machine(str(getattr(args, "device", "cpu")))
+    write_json(folder / "config.json", {**about, "flags": flags})
+    return run
+
+
+def _refuse_other_flags(now: dict, then: dict) -> None:
+    for key in sorted(set(now) | set(then)):
+        if key not in _MAY_DIFFER and now.get(key) != then.get(key):
+            flag = "--" + key.replace("_", "-")
+            raise UserError(f"--resume: the run was made with {flag} {then.get(key)}, not {now.get(key)}")
 
 
 def versions() -> dict[str, str]:
@@ -228,9 +266,18 @@ def _lock(folder: Path):
     return file
 
 
-def _columns(path: Path) -> list[str]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return next(csv.reader(file))
+def _read_history(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Header and complete rows of a history; what a kill left half written is not there."""
+    if not path.exists():
+        return [], []
+    text = path.read_text(encoding="utf-8")
+    header, *rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines())) or [[]]
+    return header, [row for row in rows if len(row) == len(header)]
+
+
+def _scalar(value):
+    """A number out of a NumPy or PyTorch scalar; anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 1) == 0 else value
 
 
 def _fixed(value) -> str:

@@ -31,7 +31,10 @@ def mcnemar(correct_a: np.ndarray, correct_b: np.ndarray) -> tuple[int, int, flo
         raise ValueError(f"needs two vectors of one length, got shapes {a.shape} and {b.shape}")
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
     n = only_a + only_b
-    tail = sum(math.comb(n, k) for k in range(min(only_a, only_b) + 1))
+    tail = ways = 1  # the ways in which 0 of n images fall to the rarer side; then 1, 2, …
+    for k in range(min(only_a, only_b)):
+        ways = ways * (n - k) // (k + 1)
+        tail += ways
     return only_a, only_b, min(1.0, 2 * tail / 2**n)  # whole numbers until the division: no underflow
 
 

@@ -2,12 +2,14 @@
 
 import hashlib
 import shutil
-from pathlib import Path
+import socket
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from shared_utils import data, embedded
 from shared_utils.cli import UserError
@@ -39,6 +41,10 @@ def test_digits_are_real_and_shaped_like_mnist():
     assert train.x.max() == 255
     assert train.x[:, :, :4].max() == 0  # the frame that MNIST has
     assert "stand-in" in train.title
+    for image, source in zip(train.x[:10, 0, 4:24, 4:24], load_digits().images[:10], strict=True):
+        enlarged = np.kron(source, np.ones((5, 5))), np.kron(image, np.ones((2, 2)))  # both 40 × 40
+        assert np.corrcoef(enlarged[0].ravel(), enlarged[1].ravel())[0, 1] > 0.9
+    assert np.array_equal(train.y[:10], load_digits().target[:10])
 
 
 def test_shapes_are_the_same_bytes_for_the_same_seed():
@@ -112,7 +118,26 @@ def test_a_folder_is_a_data_set(folder):
     assert images.y.tolist() == [0, 0, 0, 1, 1, 1]
     stored = np.asarray(Image.open(folder / "train/cat/0.png"))
     assert np.array_equal(images.x[0], stored.transpose(2, 0, 1))
-    assert load_images(str(folder), "test", shape=(1, 28, 28)).x.shape == (6, 1, 28, 28)
+    assert load_images(str(folder), "test", shape=(1, 28, 20)).x.shape == (6, 1, 28, 20)
+    (folder / "train/.ipynb_checkpoints").mkdir()
+    (folder / "train/cat/._0.png").write_text("what a Mac leaves")
+    assert len(load_images(str(folder), "train")) == 6
+
+
+def test_pictures_of_every_kind(tmp_path):
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(ramp * 257).save(tmp_path / "deep.png")
+    assert np.array_equal(data.read_image(tmp_path / "deep.png")[0], ramp)
+    clear = np.zeros((4, 6, 4), dtype=np.uint8)
+    clear[0, 0, 3] = 255
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    assert data.read_image(tmp_path / "clear.png", channels=1)[0].tolist()[0] == [0, 255, 255, 255, 255, 255]
+    Image.fromarray(clear[..., 2:]).save(tmp_path / "grey.png")
+    assert data.read_image(tmp_path / "grey.png").shape == (1, 4, 6)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright
+    Image.fromarray(clear[..., :3]).save(tmp_path / "phone.jpg", exif=turned)
+    assert data.read_image(tmp_path / "phone.jpg").shape == (3, 6, 4)
 
 
 def break_png(folder):
@@ -187,6 +212,8 @@ def test_cifar10_is_read_as_it_is():
     assert test.x.shape == (10000, 3, 32, 32)
     assert test.classes[3] == "cat"
     assert test.y[:4].tolist() == [3, 8, 8, 0]
+    stored = torchvision.datasets.CIFAR10(REAL, train=False)[7][0]
+    assert np.array_equal(test.x[7], np.asarray(stored).transpose(2, 0, 1))
 
 
 @needs_mnist
@@ -215,6 +242,7 @@ def test_a_missing_set_without_a_network_says_what_to_do(tmp_path, no_network, n
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""
+    assert socket.getdefaulttimeout() is None
 
 
 def test_a_missing_book_without_a_network_says_what_to_do(tmp_path, no_network):
@@ -242,23 +270,35 @@ def test_a_damaged_book_is_named(tmp_path):
         load_text("shakespeare", tmp_path)
 
 
+class Download:
+    """What `urlopen` gives: a context with one answer."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def read(self):
+        return self.content
+
+
+def test_a_login_page_is_no_book(tmp_path, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: Download(b"<html>log in</html>"))
+    with pytest.raises(UserError, match="not the book"):
+        load_text("shakespeare", tmp_path)
+    assert not list((tmp_path / "texts").iterdir())
+
+
 def test_another_edition_is_taken_as_it_came_down_and_then_watched(tmp_path, monkeypatch, capsys):
     edition = b"*** START OF THE PROJECT GUTENBERG EBOOK X ***\nTo be.\n*** END OF THE PROJECT\n"
-
-    class Answer:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return None
-
-        def read(self):
-            return edition
-
-    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: Answer())
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: Download(edition))
     assert load_text("shakespeare", tmp_path) == {"shakespeare": "To be.\n"}
     assert "later edition" in capsys.readouterr().out
-    path = Path(tmp_path / "texts/shakespeare.txt")
+    path = tmp_path / "texts/shakespeare.txt"
     assert hashlib.md5(path.read_bytes()).hexdigest() == path.with_suffix(".md5").read_text()
     path.write_bytes(edition[:-3])
     with pytest.raises(UserError, match="damaged"):
@@ -320,7 +360,9 @@ def test_the_split_is_fixed_disjoint_complete_and_stratified():
 def test_subsets():
     images, rng = some_images(), np.random.default_rng(0)
     assert np.bincount(data.subset(images, 10, rng).y).tolist() == [5, 3, 2]
-    assert np.bincount(data.per_class(images, 20, rng).y).tolist() == [20, 20, 20]
+    equal = data.per_class(images, 20, rng)
+    assert np.bincount(equal.y).tolist() == [20, 20, 20]
+    assert equal.y.tolist() != sorted(equal.y)
     with pytest.raises(UserError, match="there are 100"):
         data.subset(images, 101, rng)
     with pytest.raises(UserError, match="class c has 20"):
@@ -333,3 +375,4 @@ def test_minibatches_are_one_epoch():
     assert sorted(np.concatenate(batches)) == list(range(10))
     assert [len(batch) for batch in data.minibatches(10, 4, drop_last=True)] == [4, 4]
     assert np.concatenate(list(data.minibatches(10, 4))).tolist() == list(range(10))
+    assert np.concatenate(batches).tolist() != list(range(10))

@@ -1,6 +1,7 @@
 """reproduce goes on after a failure and says so; the report stands alone; publish refuses what is not a result."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -43,10 +44,18 @@ def house(tmp_path, monkeypatch):
 
 def finished_run(folder, quick=False, accuracy=0.5):
     folder.mkdir(parents=True)
-    about = {"command": "python toy/train.py --out runs/x", "quick": quick, "seconds": 61.0, "machine": "M, 2 cores"}
+    about = {
+        "command": "python toy/train.py --text 'two words' --out 'my runs/x'",
+        "quick": quick,
+        "seconds": 61.0,
+        "machine": "M, 2 cores",
+    }
     rows = [{"step": "a", "p": None}, {"step": "b|c", "p": 0.0312}]
     metrics = {"accuracy": accuracy, "rows": rows, "run": {**about, "commit": "abc", "dataset": "mnist"}}
     (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "stale.png").write_bytes(PNG)  # of an earlier run: older than config.json
+    os.utime(folder / "stale.png", (0, 0))
+    (folder / "config.json").write_text("{}")
     (folder / "curve.png").write_bytes(PNG)
     (folder / "best.npz").write_bytes(b"weights stay here")
 
@@ -67,7 +76,9 @@ def test_publishing_copies_metrics_and_figures_and_fills_the_readmes(house, tmp_
     copied = sorted(p.name for p in (house / "toy" / "results" / "train").iterdir())
     assert copied == ["curve.png", "metrics.json"]
     text = publish.render(house / "toy" / "README.md")
-    assert "| accuracy 50.0% | `python toy/train.py` | mnist | 1 min 1 s | M, 2 cores | abc |" in text
+    assert (
+        "| accuracy 50.0% | `python toy/train.py --text 'two words'` | mnist | 1 min 1 s | M, 2 cores | abc |" in text
+    )
     assert "old" not in text
     assert "| a | – |\n| b\\|c | 0.03 |" in text
     assert "<!-- value train {accuracy:.1%} -->50.0%<!-- /value -->" in text
@@ -109,6 +120,7 @@ def test_a_marker_that_cannot_be_filled_is_named(house, tmp_path):
 def test_the_report_stands_alone(house, tmp_path):
     finished_run(tmp_path / "runs" / "toy" / "train")
     (tmp_path / "runs" / "toy" / "outcomes.json").write_text(json.dumps({"wide": {"error": "it <broke>"}}))
+    finished_run(tmp_path / "runs" / "toy" / "wide")  # an old result, which the failure makes void
     report.write_report(tmp_path / "report.html", tmp_path / "runs", ["toy"])
     page = (tmp_path / "report.html").read_text()
     assert "A toy &amp; more" in page
@@ -136,6 +148,15 @@ def test_a_failure_ends_that_run_alone_and_the_command_with_1(tmp_path):
     lines = ended.stdout.splitlines()
     assert sum(line.endswith("s  ok") for line in lines) == len(reproduce.declared_runs("mnist_svm_gabor")) - 1
     assert "another run is writing" in (tmp_path / "report.html").read_text()
+
+
+def test_the_report_survives_metrics_of_another_version(house, tmp_path):
+    finished_run(tmp_path / "runs" / "toy" / "train")
+    (tmp_path / "runs" / "toy" / "train" / "metrics.json").write_text(
+        (tmp_path / "runs" / "toy" / "train" / "metrics.json").read_text().replace("accuracy", "exactness")
+    )
+    report.write_report(tmp_path / "report.html", tmp_path / "runs", ["toy"])
+    assert "another version" in (tmp_path / "report.html").read_text()
 
 
 def test_an_unknown_experiment_is_named():

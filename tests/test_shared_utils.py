@@ -45,6 +45,13 @@ def test_quick_changes_defaults_but_a_flag_wins():
     assert given.command.startswith("python numpy_nn/some_script.py --quick --epochs 7")
 
 
+def test_each_real_set_has_its_stand_in():
+    for real, stand_in in (("cifar10", "shapes"), ("fashion", "digits"), ("books", "pydocs")):
+        assert make_parser(DOC, dataset=real).parse_args(["--quick"]).dataset == stand_in
+    with pytest.raises(ValueError, match="epoch"):
+        make_parser(DOC, quick={"epoch": 1}).parse_args(["--quick"])
+
+
 def test_a_parser_asked_with_quick_and_then_without_has_its_own_defaults_again():
     parser = example_parser()
     assert parser.parse_args(["--quick"]).epochs == 1
@@ -87,6 +94,7 @@ def test_help_is_the_docstring_with_defaults(capsys):
     shown = capsys.readouterr().out
     assert "python numpy_nn/some_script.py --epochs 3" in shown
     assert "(default: 10)" in shown
+    assert "(default: 0)" in shown
     assert "With --quick the defaults are: --epochs 1" in shown
 
 
@@ -114,11 +122,11 @@ def test_run_main_leaves_a_bug_its_traceback():
 def test_one_seed_for_everything():
     def draw():
         rng = seed_everything(3)
-        return rng.random(), np.random.random(), torch.rand(1).item()
+        return rng.random(), np.random.random(), torch.rand(1).item(), random.random()
 
     first = draw()
     assert first == draw()
-    assert len(set(first)) == 3
+    assert len(set(first)) == 4
 
 
 def test_numpy_scripts_stay_free_of_torch():
@@ -187,17 +195,46 @@ def test_nan_is_no_metric_and_leaves_no_file(tmp_path):
 def test_a_new_run_drops_the_old_history_and_a_resumed_one_keeps_it(tmp_path):
     run = runs.start_run(example_args(tmp_path))
     for epoch in (1, 2, 3):
-        run.log(epoch=epoch)
+        run.log(epoch=epoch, loss=0.5)
     run.finish({})
+    folder, history = tmp_path / "run", tmp_path / "run" / "history.csv"
+    history.write_text(history.read_text() + "4,0.")  # a kill in the middle of a row
     resumed = runs.start_run(example_args(tmp_path, "--resume"))
-    resumed.rewind("epoch", 2)
-    resumed.log(epoch=3)
-    history = tmp_path / "run" / "history.csv"
-    assert history.read_text().split() == ["epoch", "1", "2", "3"]
-    assert not (tmp_path / "run" / "metrics.json").exists()
+    assert [row["epoch"] for row in resumed.history()] == ["1", "2", "3"]
+    resumed.rewind(2)
+    resumed.log(epoch=3, loss=0.5)
+    assert history.read_text().split() == ["epoch,loss", "1,0.5", "2,0.5", "3,0.5"]
     resumed.finish({})
+    for left in ("last.pth", "last.npz", ".last.123.pth"):
+        (folder / left).write_text("of the first run")
+    (folder / "holiday.png").write_text("the user's own")
     runs.start_run(example_args(tmp_path))
-    assert not history.exists()
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "config.json", "holiday.png"]
+
+
+def test_a_resumed_run_has_the_flags_it_was_made_with(tmp_path):
+    runs.start_run(example_args(tmp_path, "--epochs", "9")).finish({})
+    kept = (tmp_path / "run" / "config.json").read_text()
+    with pytest.raises(UserError, match="--epochs 9, not 3"):
+        runs.start_run(example_args(tmp_path, "--epochs", "3", "--resume"))
+    assert (tmp_path / "run" / "metrics.json").exists()
+    assert (tmp_path / "run" / "config.json").read_text() == kept
+    runs.start_run(example_args(tmp_path, "--epochs", "9", "--resume", "--device", "cpu"))
+
+
+@pytest.mark.parametrize("content", ["", "epo", "epoch,loss"])
+def test_a_history_without_a_whole_header_is_a_new_one(tmp_path, content):
+    run = runs.start_run(example_args(tmp_path))
+    (tmp_path / "run" / "history.csv").write_text(content)
+    run.rewind(1)
+    run.log(epoch=1, loss=torch.tensor(0.25))
+    assert run.history() == [{"epoch": "1", "loss": "0.25"}]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run():
+    runs.check_finite(0.1, 1, 0.1)
+    with pytest.raises(UserError, match=r"nan at step 7 with learning rate 0\.1: try a lower"):
+        runs.check_finite(float("nan"), 7, 0.1)
 
 
 def test_two_runs_into_one_folder_are_refused(tmp_path):
@@ -233,8 +270,8 @@ def test_replacing_keeps_the_old_file_when_writing_fails(tmp_path):
 
 
 def test_a_reader_is_told_the_command_that_makes_the_file(tmp_path):
-    args = example_parser().parse_args(["--runs-dir", str(tmp_path), "--quick"])
-    with pytest.raises(UserError, match=r"`python numpy_nn/train_mlp.py --quick` makes it"):
+    args = example_parser().parse_args(["--runs-dir", str(tmp_path), "--quick", "--out", "elsewhere"])
+    with pytest.raises(UserError, match=f"`python numpy_nn/train_mlp.py --quick --runs-dir {tmp_path}` makes it"):
         runs.find_output(args, "train_mlp", "best.npz")
     made = tmp_path / "numpy_nn" / "train_mlp" / "best.npz"
     made.parent.mkdir(parents=True)
@@ -245,7 +282,7 @@ def test_a_reader_is_told_the_command_that_makes_the_file(tmp_path):
 def test_ranks_above_zero_write_nothing(tmp_path):
     run = runs.start_run(example_args(tmp_path), writes=False)
     run.log(epoch=1)
-    run.rewind("epoch", 0)
+    run.rewind(0)
     run.finish({})
     assert not (tmp_path / "run").exists()
 
@@ -256,16 +293,42 @@ def test_ranks_above_zero_write_nothing(tmp_path):
 def test_a_checkpoint_brings_back_weights_and_every_random_state(tmp_path):
     rng = seed_everything(1)
     weights = {"w": torch.rand(3)}
-    checkpoint.save(tmp_path / "last.pth", rng=rng, config={"width": 3}, model=weights, epoch=2)
-    expected = rng.random(), torch.rand(2).tolist(), random.random()
+    checkpoint.save(tmp_path / "last.pth", rng=rng, config={"width": 3, "dims": (4, 2)}, model=weights, epoch=2)
+    expected = rng.random(), torch.rand(2).tolist(), random.random(), np.random.random()
     other = seed_everything(9)
-    state = checkpoint.load(tmp_path / "last.pth", expect={"width": 3})
+    state = checkpoint.load(tmp_path / "last.pth", expect={"width": 3, "dims": (4, 2)})
     checkpoint.restore_random_states(state, other)
-    assert (other.random(), torch.rand(2).tolist(), random.random()) == expected
+    assert (other.random(), torch.rand(2).tolist(), random.random(), np.random.random()) == expected
     assert torch.equal(state["model"]["w"], weights["w"])
     assert state["epoch"] == 2
     with pytest.raises(UserError, match="width"):
         checkpoint.load(tmp_path / "last.pth", expect={"width": 4})
+
+
+def test_what_could_not_be_loaded_is_not_saved_and_the_old_file_stays(tmp_path, monkeypatch):
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, epoch=1)
+    with pytest.raises(ValueError, match="could not be loaded"):
+        checkpoint.save(path, best=np.float64(0.5))
+
+    def half(state, target):
+        target.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file: No space left")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(UserError, match="cannot write .*No space"):
+        checkpoint.save(path, epoch=2)
+    assert checkpoint.load(path)["epoch"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_random_states_that_are_not_there(tmp_path):
+    checkpoint.save(tmp_path / "a.pth", epoch=1)
+    state = checkpoint.load(tmp_path / "a.pth")
+    checkpoint.restore_random_states(state)
+    for missing in (state, {}):
+        with pytest.raises(UserError, match="no random states"):
+            checkpoint.restore_random_states(missing, np.random.default_rng(0))
 
 
 class _Malicious:
@@ -282,7 +345,9 @@ def test_a_bad_checkpoint_is_refused_in_one_line_and_never_executed(tmp_path):
     content = good.read_bytes()
     trap = tmp_path / "trap.pth"
     torch.save({"config": {}, "x": _Malicious(tmp_path / "executed")}, trap)
-    cases = {"cut.pth": content[: len(content) // 2], "text.pth": b"hello", "empty.pth": b""}
+    flipped = bytearray(content)
+    flipped[content.index(torch.load(good)["model"]["w"].numpy().tobytes()) + 1000] ^= 1
+    cases = {"cut.pth": content[: len(content) // 2], "text.pth": b"hello", "empty.pth": b"", "flip.pth": flipped}
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
     for name in [*cases, "trap.pth", "absent.pth"]:
@@ -306,7 +371,9 @@ def test_arrays_on_disk_without_pickle(tmp_path):
     content = path.read_bytes()
     (tmp_path / "cut.npz").write_bytes(content[:-40])
     (tmp_path / "text.npz").write_text("hello")
-    for name in ("cut.npz", "text.npz", "pickled.npz", "absent.npz"):
+    np.save(tmp_path / "single.npy", np.eye(2))
+    (tmp_path / "single.npy").rename(tmp_path / "single.npz")
+    for name in ("cut.npz", "text.npz", "pickled.npz", "absent.npz", "single.npz"):
         with pytest.raises(UserError, match=name):
             checkpoint.load_arrays(tmp_path / name)
 
@@ -337,11 +404,17 @@ def test_gradcheck_refuses_what_would_prove_nothing():
     with pytest.raises(ValueError, match="all zero"):
         gradcheck.check_gradients(lambda: np.ones(2), lambda dy: zero, {"x": x}, rng)
     with pytest.raises(ValueError, match="float64"):
-        gradcheck.check_gradients(lambda: x, lambda dy: zero, {"x": x.astype(np.float32)}, rng)
+        gradcheck.check_gradients(lambda: x, lambda dy: {"x": dy}, {"x": x.astype(np.float32)}, rng)
     with pytest.raises(ValueError, match="no gradient for x"):
         gradcheck.check_gradients(lambda: x, lambda dy: {}, {"x": x}, rng)
     with pytest.raises(ValueError, match="shape"):
         gradcheck.check_gradients(lambda: x, lambda dy: {"x": np.ones((3, 1))}, {"x": x}, rng)
+
+
+def test_relative_error_is_the_worst_element_and_nan_is_no_pass():
+    assert gradcheck.relative_error(np.array([1.0, 0, 0, 0]), np.zeros(4)) == 1
+    with pytest.raises(ValueError, match="not finite"):
+        gradcheck.relative_error(np.array([np.nan]), np.ones(1))
 
 
 def test_numerical_gradient_restores_its_array():
@@ -396,9 +469,9 @@ def test_mean_std():
 def test_every_plot_draws_and_saves_the_same_bytes_twice(tmp_path):
     def draw(path):
         figure, axes = plotting.new_figure(2, 2, width=8, height=6, title="A finding")
-        plotting.curves(axes[0, 0], [1, 2], {"a": [1, 2], "b": [2, 1]}, xlabel="update", ylabel="loss (nats)")
+        plotting.curves(axes[0, 0], {"a": ([1, 2], [1, 2]), "b": ([1], [2])}, xlabel="update", ylabel="loss (nats)")
         plotting.mean_std(axes[0, 1], [1, 2], np.array([[1, 2], [2, 4]]), label="a")
-        plotting.image_grid(axes[1, 0], np.zeros((5, 1, 4, 4)), columns=3, labels=list("abcde"))
+        plotting.image_grid(axes[1, 0], np.zeros((5, 1, 4, 4)), columns=3, labels=np.array(list("abcde")))
         plotting.confusion_matrix(axes[1, 1], np.array([[9, 1], [2, 8]]), ["0", "1"], title="errors")
         plotting.save_figure(figure, path)
         return path.read_bytes()
@@ -406,6 +479,32 @@ def test_every_plot_draws_and_saves_the_same_bytes_twice(tmp_path):
     first = draw(tmp_path / "a.png")
     assert first[:8] == b"\x89PNG\r\n\x1a\n"
     assert first == draw(tmp_path / "b.png")
+
+
+def test_curves_are_all_different():
+    styles = [tuple(plotting.line_style(index).values()) for index in range(32)]
+    assert len(set(styles)) == 32
+
+
+def test_mean_std_draws_the_sample_deviation_of_the_runs_there_are():
+    _, axes = plotting.new_figure()
+    plotting.mean_std(axes[0, 0], [1, 2], np.array([[1.0, 5.0], [3.0, np.nan]]), label="a")
+    assert axes[0, 0].lines[0].get_ydata().tolist() == [2, 5]
+    band = axes[0, 0].collections[0].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(2 - math.sqrt(2))
+    assert band.max() == 5
+
+
+def test_image_grid_is_read_row_by_row():
+    _, axes = plotting.new_figure()
+    plotting.image_grid(axes[0, 0], np.arange(5.0).reshape(5, 1, 1), columns=3)
+    assert axes[0, 0].images[0].get_array()[::2, ::2].tolist() == [[0, 1, 2], [3, 4, None]]
+
+
+def test_confusion_counts_stand_where_they_belong():
+    _, axes = plotting.new_figure()
+    plotting.confusion_matrix(axes[0, 0], np.array([[9, 1], [2, 8]]), ["0", "1"], title="")
+    assert {text.get_position(): text.get_text() for text in axes[0, 0].texts}[(1, 0)] == "1"
 
 
 def test_image_grid_places_colour_and_grey():
