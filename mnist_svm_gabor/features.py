@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from mnist_svm_gabor.gabor import CHUNK, GaborBank
 from shared_utils.data import downsample
 
-# The banks of train.py. 28 × 28 shows finer strokes: more orientations, larger kernels, and energies, which a small
-# shift leaves alone. Chosen on validation images, 20,000 to fit and 20,000 to count (README, "What was tried").
+# The banks of train.py, chosen on validation images (README, "Choosing the banks"). 28 × 28 shows finer strokes: more
+# orientations, larger kernels, quadrature pairs.
 BANKS = {
     14: GaborBank(),
     28: GaborBank(orientations=8, kernel_size=13, highest=0.38, ratio=0.6, envelope=0.5, energy=True),
@@ -101,20 +101,31 @@ class Projection:
         return (x - self.mean) @ self.matrix
 
 
-def fit_projection(x: np.ndarray, components: int, whitening: float = 0.5) -> Projection:
-    """Fit a projection to training vectors x (N, D).
+@dataclass(frozen=True)
+class PrincipalAxes:
+    """Mean (D,), variances (R,) falling, and axes (D, R) of vectors; R counts the directions that have variance."""
 
-    components: how many principal components are kept, at most D.
-    whitening: each component, of variance λ, is divided by λ^(whitening / 2). 0 is plain PCA, which keeps distances
-        (an RBF kernel sees what it saw before); 1 is full whitening, in which noise counts as much as strokes; ½ lies
-        between.
-    """
+    mean: np.ndarray
+    variances: np.ndarray
+    axes: np.ndarray
+
+    def projection(self, components: int, whitening: float) -> Projection:
+        """The projection onto the first `components` axes (or all R), each divided by variance^(whitening / 2).
+
+        whitening: 0 is plain PCA, which keeps distances (an RBF kernel sees what it saw before); 1 is full whitening,
+        in which noise counts as much as strokes; ½ lies between.
+        """
+        scale = self.variances[:components] ** (whitening / 2)
+        return Projection(self.mean.astype(np.float32), (self.axes[:, :components] / scale).astype(np.float32))
+
+
+def principal_axes(x: np.ndarray) -> PrincipalAxes:
+    """The principal axes of training vectors x (N, D); R is at most N − 1 and D."""
     mean = x.mean(0, dtype=np.float64)
     covariance = np.zeros((x.shape[1], x.shape[1]))
-    for start in range(0, len(x), 10 * CHUNK):  # in float32 products of float32 chunks, summed in float64
-        part = x[start : start + 10 * CHUNK] - mean.astype(np.float32)
+    for start in range(0, len(x), 10 * CHUNK):
+        part = x[start : start + 10 * CHUNK] - mean  # float64: float32 would lend variance to directions without any
         covariance += part.T @ part
-    variance, vectors = np.linalg.eigh(covariance / len(x))  # ascending
-    keep = np.argsort(variance)[::-1][: min(components, np.count_nonzero(variance > 1e-9 * variance.max()))]
-    matrix = vectors[:, keep] / variance[keep] ** (whitening / 2)
-    return Projection(mean.astype(np.float32), matrix.astype(np.float32))
+    variances, axes = np.linalg.eigh(covariance / len(x))  # ascending
+    rank = np.count_nonzero(variances > 1e-9 * variances.max())
+    return PrincipalAxes(mean, variances[::-1][:rank], axes[:, ::-1][:, :rank])

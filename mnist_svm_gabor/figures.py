@@ -4,9 +4,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix as count_confusions
 
-from mnist_svm_gabor.gabor import GaborBank, pooling_windows
+from mnist_svm_gabor.gabor import GaborBank
 from shared_utils import plotting
 from shared_utils.data import Images
+from shared_utils.stats import mcnemar
 
 
 def draw_bank(bank: GaborBank) -> Figure:
@@ -39,9 +40,8 @@ def draw_bank(bank: GaborBank) -> Figure:
 
 def draw_responses(bank: GaborBank, image: np.ndarray, name: str) -> Figure:
     """One digit through the bank: the image (H, W) in [0, 1], its maps at every pixel, and the pooled features."""
-    maps = bank.maps(image[None])[0].numpy()  # (M, H, W)
-    windows = [pooling_windows(n, bank.pooling, bank.window) for n in image.shape]
-    pooled = np.clip(np.einsum("mhw,hp,wq->mpq", maps, *windows), 0, None) ** bank.power  # (M, P, P)
+    responses = bank.maps(image[None])  # (1, M, H, W)
+    maps, pooled = responses[0].numpy(), bank.pooled(responses)[0].numpy()  # (M, H, W), (M, P, P)
     signs = ["energy"] if bank.energy else ["positive part", "negative part"]
     n_kernels = len(maps) // len(signs)
     groups = []
@@ -76,11 +76,15 @@ def draw_comparison(raw: np.ndarray, gabor: np.ndarray, test: Images, title: str
     """Both confusion matrices on one scale, and what changed between them. raw, gabor: predicted labels (N,)."""
     labels = range(len(test.classes))
     before, after = (count_confusions(test.y, predicted, labels=labels) for predicted in (raw, gabor))
-    wrong = [int((predicted != test.y).sum()) for predicted in (raw, gabor)]
+    mended, broken, p = mcnemar(gabor == test.y, raw == test.y)
     off_diagonal = 1 - np.eye(len(before), dtype=int)
     vmax = max(1, (before * off_diagonal).max(), (after * off_diagonal).max())
     figure, axes = plotting.new_figure(
-        1, 3, width=15, height=5.2, title=f"{title}: {wrong[0]} errors on raw pixels, {wrong[1]} on Gabor features"
+        1,
+        3,
+        width=15,
+        height=5.2,
+        title=f"{title}: Gabor features mend {mended} images and break {broken} (McNemar's p = {p:.1g})",
     )
     for ax, matrix, name in ((axes[0, 0], before, "raw pixels"), (axes[0, 1], after, "Gabor features")):
         errors = (matrix * off_diagonal).sum()
@@ -95,8 +99,7 @@ def draw_comparison(raw: np.ndarray, gabor: np.ndarray, test: Images, title: str
         if value:
             color = "white" if abs(value) > 0.6 * limit else "black"
             ax.text(column, row, f"{value:+d}", ha="center", va="center", fontsize=7, color=color)
-    gone, new = -change[change < 0].sum(), change[change > 0].sum()
-    ax.set(xlabel="predicted class", ylabel="true class", title=f"change: {gone} confusions fewer, {new} more")
+    ax.set(xlabel="predicted class", ylabel="true class", title=f"change: {change.sum():+d} errors in all")
     ax.set_xticks(labels, test.classes, rotation=90 if max(map(len, test.classes)) > 3 else 0)
     ax.set_yticks(labels, test.classes)
     ax.grid(False)

@@ -1,12 +1,13 @@
 """Gabor features: oriented filters, rectification (or quadrature energy), pooling.
 
-A Gabor kernel is a plane wave under a Gaussian envelope. With x' = x cos θ + y sin θ and y' = y cos θ − x sin θ,
+A Gabor kernel is a plane wave under a Gaussian envelope. With x' = x cos θ + y sin θ, y downwards as in an image,
 
-    g(x, y) = exp(−(x'² + γ² y'²) / 2σ²) cos(2π f x' + φ)
+    g(x, y) = exp(−(x² + y²) / 2σ²) cos(2π f x' + φ)
 
-f: frequency in cycles per pixel, θ: the direction in which the wave varies, σ: the envelope's width in pixels, γ: its
-aspect. Simple cells of the visual cortex respond like this (Jones and Palmer 1987; Daugman 1985, J. Opt. Soc. Am. A 2).
-Here σ is a fixed fraction of the wavelength 1/f, so that every kernel has the same shape at another size.
+f: nominal frequency in cycles per pixel, θ: the direction in which the wave varies, σ: the envelope's width in pixels.
+Simple cells of the visual cortex respond like this (Daugman 1985, J. Opt. Soc. Am. A 2; Jones and Palmer 1987). σ is a
+fixed fraction of the wavelength 1/f, so that a kernel of half the frequency is the same one enlarged, as far as
+kernel_size lets it. φ is 0 (even: it answers to lines); the odd partner of a quadrature pair has φ = −π/2 (edges).
 
 Shapes: N images, H W pixels, K kernels, M maps (2K rectified, K energies), P pooling windows a side.
 """
@@ -27,13 +28,14 @@ class GaborBank:
     orientations: how many θ, evenly spaced in [0, π).
     frequencies: how many f, from `highest` downwards, each `ratio` times the one before.
     kernel_size: odd, in pixels.
-    highest: in cycles per pixel, at most 0.5 (Nyquist); ratio: below 1.
-    envelope: σ in wavelengths; aspect: γ; phase: φ in radians (0 is even: lines, π/2 is odd: edges).
+    highest: in cycles per pixel, at most 0.5 (Nyquist); ratio: above 0, at most 1.
+    envelope: σ in wavelengths.
     energy: False takes both rectified signs, max(r, 0) and max(−r, 0). True takes the modulus of a quadrature pair,
         sqrt(r_even² + r_odd²): how much wave there is, not where its crests are (Adelson and Bergen 1985).
     pooling: P; each map is averaged under Gaussian windows at P × P evenly spaced centres.
     window: σ of those windows in units of their spacing; 0 takes the pixel at the centre instead, without pooling.
     power: each pooled value v becomes v^power. Below 1 it keeps a strong stroke from drowning a faint one.
+    Errors: `ValueError` for a value out of its range.
     """
 
     orientations: int = 4
@@ -42,21 +44,23 @@ class GaborBank:
     highest: float = 0.4
     ratio: float = 0.75
     envelope: float = 0.45
-    aspect: float = 1.0
-    phase: float = 0.0
     energy: bool = False
     pooling: int = 6
     window: float = 0.6
     power: float = 1 / 3
 
     def __post_init__(self):
-        for name in ("orientations", "frequencies", "kernel_size", "pooling"):
+        for name in ("orientations", "frequencies", "pooling"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.kernel_size % 2 == 0 or self.kernel_size < 3:
             raise ValueError(f"kernel_size must be odd and at least 3, got {self.kernel_size}")
         if not 0 < self.highest <= 0.5:
             raise ValueError(f"highest must be in (0, 0.5] cycles per pixel, got {self.highest}")
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio must be in (0, 1], got {self.ratio}")
+        if not (self.envelope > 0 and self.power > 0 and self.window >= 0):
+            raise ValueError(f"envelope and power must be above 0, window 0 or more, got {self}")
 
     @property
     def angles(self) -> np.ndarray:
@@ -71,7 +75,7 @@ class GaborBank:
     @property
     def kernels(self) -> np.ndarray:
         """The real kernels (K, size, size), float64, zero mean and unit norm; orientation varies fastest."""
-        return self._kernels(0.0 if self.energy else self.phase)
+        return self._kernels(phase=0.0)
 
     @property
     def n_maps(self) -> int:
@@ -91,10 +95,9 @@ class GaborBank:
             sigma = self.envelope / f
             for theta in self.angles:
                 along = x * np.cos(theta) + y * np.sin(theta)
-                across = y * np.cos(theta) - x * np.sin(theta)
-                envelope = np.exp(-(along**2 + (self.aspect * across) ** 2) / (2 * sigma**2))
+                envelope = np.exp(-(x**2 + y**2) / (2 * sigma**2))
                 kernel = envelope * np.cos(2 * np.pi * f * along + phase)
-                # Without its mean the kernel is blind to brightness; taken off under the envelope, the rim stays soft.
+                # Without its mean a kernel is blind to brightness; taken off under the envelope it adds no step.
                 kernel -= envelope * (kernel.sum() / envelope.sum())
                 kernels.append(kernel / np.linalg.norm(kernel))
         return np.stack(kernels)  # (K, size, size)
@@ -106,10 +109,9 @@ class GaborBank:
         """
         x = _batched(images).to(device)  # (N, 1, H, W)
         pad = self.kernel_size // 2
-        if not self.energy:
-            r = F.conv2d(x, self._weight(self.phase, device), padding=pad)  # (N, K, H, W)
-            return torch.cat([r, -r], dim=1).relu_()  # (N, 2K, H, W)
         even = F.conv2d(x, self._weight(0.0, device), padding=pad)  # (N, K, H, W)
+        if not self.energy:
+            return torch.cat([even, -even], dim=1).relu_()  # (N, 2K, H, W)
         odd = F.conv2d(x, self._weight(-np.pi / 2, device), padding=pad)  # (N, K, H, W)
         return torch.hypot(even, odd)
 
@@ -120,12 +122,18 @@ class GaborBank:
         """
         images = _batched(images)
         out = np.empty((len(images), self.n_features), dtype=np.float32)
-        windows = [torch.from_numpy(pooling_windows(n, self.pooling, self.window)).to(device) for n in images.shape[2:]]
         for start in range(0, len(images), CHUNK):
             maps = self.maps(images[start : start + CHUNK], device)  # (n, M, H, W)
-            pooled = torch.einsum("nmhw,hp->nmpw", maps, windows[0]) @ windows[1]  # (n, M, P, P)
-            out[start : start + CHUNK] = pooled.clamp_(min=0).pow_(self.power).flatten(1).cpu().numpy()
+            out[start : start + CHUNK] = self.pooled(maps).flatten(1).cpu().numpy()
         return out
+
+    def pooled(self, maps: torch.Tensor) -> torch.Tensor:
+        """Maps (N, M, H, W), averaged under the windows and raised to `power`: (N, M, P, P)."""
+        down, across = (
+            torch.from_numpy(pooling_windows(n, self.pooling, self.window)).to(maps.device) for n in maps.shape[2:]
+        )
+        means = torch.einsum("nmhw,hp->nmpw", maps, down) @ across  # (N, M, P, P)
+        return means.clamp_(min=0).pow_(self.power)
 
     def _weight(self, phase: float, device: torch.device | str) -> torch.Tensor:
         return torch.from_numpy(self._kernels(phase)).float()[:, None].to(device)  # (K, 1, size, size)
@@ -136,6 +144,8 @@ def pooling_windows(size: int, windows: int, sigma: float) -> np.ndarray:
 
     The centres lie in the middle of `windows` equal parts of the axis; sigma is in parts, 0 for a single pixel.
     """
+    if windows > size:
+        raise ValueError(f"{windows} pooling windows do not fit into {size} pixels")
     spacing = size / windows
     centres = (np.arange(windows) + 0.5) * spacing - 0.5
     distance = np.arange(size)[:, None] - centres  # (size, windows)

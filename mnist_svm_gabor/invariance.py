@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from mnist_svm_gabor.classifier import Classifier
-from shared_utils.cli import UserError, make_parser, positive_int, run_main
+from shared_utils.cli import make_parser, positive_int, run_main
 from shared_utils.data import load_images, subset
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, DASHES, new_figure, save_figure
@@ -80,11 +80,8 @@ def main(argv=None) -> dict:
     paths = {name: getattr(args, name) or find_output(args, "train", f"{name}.npz") for name in NAMES}
     classifiers = {name: Classifier.load(path) for name, path in paths.items()}
     test = load_images(args.dataset, "test", args.data_dir, shape=(1, 28, 28))
-    for name, classifier in classifiers.items():
-        if classifier.classes != test.classes:
-            raise UserError(
-                f"{paths[name]} knows the classes {', '.join(classifier.classes)}, {args.dataset} has others"
-            )
+    for classifier in classifiers.values():
+        classifier.check_classes(test)
     if args.n is not None:
         test = subset(test, args.n, rng)
     run = start_run(args)
@@ -98,12 +95,27 @@ def main(argv=None) -> dict:
                 found[kind][name].append(float((classifier.predict(x, device) == test.y).mean()))
             run.log(kind=kind, strength=float(strength), **{name: found[kind][name][-1] for name in NAMES})
     tolerated = [
-        {"distortion": kind, **{name: tolerance(found[kind]["strength"], found[kind][name]) for name in NAMES}}
-        for kind in found
+        {
+            "distortion": kind,
+            **{name: tolerance(row["strength"], row[name], neutral=float(kind == "scale")) for name in NAMES},
+        }
+        for kind, row in found.items()
     ]
     save_figure(draw(found, len(test), test.title, args), run.path("invariance.png"))
     summary = {f"{name}_{key}": value for key, by_name in headline(found).items() for name, value in by_name.items()}
     return run.finish({"n": len(test), **summary, "tolerated": tolerated, "accuracy": found})
+
+
+def tolerance(strengths: list[float], accuracies: list[float], neutral: float, level: float = 0.9) -> str:
+    """The unbroken range of strengths around `neutral` in which accuracy stays at `level` or more, as text."""
+    low = high = strengths.index(neutral)
+    if accuracies[low] < level:
+        return "none"
+    while low > 0 and accuracies[low - 1] >= level:
+        low -= 1
+    while high < len(strengths) - 1 and accuracies[high + 1] >= level:
+        high += 1
+    return f"{strengths[low]:g} … {strengths[high]:g}"
 
 
 def headline(found: dict) -> dict[str, dict[str, float]]:
@@ -115,19 +127,6 @@ def headline(found: dict) -> dict[str, dict[str, float]]:
         "at_30_degrees": {name: float(np.mean([turned[name][i] for i in at])) for name in NAMES},
         "under_noise": {name: noisy[name][strong] for name in NAMES},
     }
-
-
-def tolerance(strengths: list[float], accuracies: list[float], level: float = 0.9) -> str:
-    """The range of strengths around no distortion in which accuracy stays at `level` or more, as text."""
-    start = int(np.argmin(np.abs(np.array(strengths) - (1.0 if 1.0 in strengths and min(strengths) > 0 else 0.0))))
-    low = high = start
-    if accuracies[start] < level:
-        return "none"
-    while low > 0 and accuracies[low - 1] >= level:
-        low -= 1
-    while high < len(strengths) - 1 and accuracies[high + 1] >= level:
-        high += 1
-    return f"{strengths[low]:g} … {strengths[high]:g}"
 
 
 def draw(found: dict, n: int, title: str, args):
@@ -146,8 +145,8 @@ def draw(found: dict, n: int, title: str, args):
     axes[0, 0].legend()
     turned, noisy = ({name: f"{100 * v:.0f} %" for name, v in part.items()} for part in headline(found).values())
     figure.suptitle(
-        f"{title}, {n:,} test images. Turned by 30°: raw pixels {turned['raw']} right, Gabor {turned['gabor']}; "
-        f"under noise of 0.3: {noisy['raw']} against {noisy['gabor']}"
+        f"{title}, {n:,} test images. Turned by 30°: raw pixels {turned['raw']} right, Gabor {turned['gabor']};\n"
+        f"under noise of 0.3: raw pixels {noisy['raw']}, Gabor {noisy['gabor']}"
     )
     return figure
 

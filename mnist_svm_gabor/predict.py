@@ -39,17 +39,18 @@ def build_parser():
 def as_mnist(picture: np.ndarray, name: str) -> np.ndarray:
     """A grey picture, uint8 (1, H, W), in MNIST's form: uint8 (1, 28, 28), light on black.
 
-    Dark on light is inverted (the rim tells); one of 28×28 is otherwise left alone. Errors: `UserError` if it is blank.
+    Dark on light is inverted and the rim's grey taken off; one of 28×28 is otherwise left alone.
+    Errors: `UserError` for a blank one.
     """
     grey = picture[0].astype(np.float32)
     rim = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
     if np.median(rim) > 127:
         grey, rim = 255 - grey, 255 - rim
-    if grey.shape == (28, 28):
-        return np.rint(grey).astype(np.uint8)[None]
     grey = np.clip(grey - np.median(rim), 0, None)
     if grey.max() < 25:
         raise UserError(f"{name}: nothing is drawn on it")
+    if grey.shape == (28, 28):
+        return np.rint(grey).astype(np.uint8)[None]
     grey *= 255 / grey.max()
     rows, columns = (np.flatnonzero((grey > 64).any(axis)) for axis in (1, 0))
     ink = Image.fromarray(grey[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].astype(np.uint8))
@@ -88,6 +89,7 @@ def main(argv=None) -> dict:
         x = np.stack([as_mnist(read_image(name, channels=1), name) for name in names])
     else:
         test = load_images(args.dataset, "test", args.data_dir, shape=(1, 28, 28))[:24]
+        classifier.check_classes(test)
         source = test.title
         names, x, labels = [f"{args.dataset} test image {i}" for i in range(len(test))], test.x, test.y
     run = start_run(args)
@@ -112,7 +114,11 @@ def main(argv=None) -> dict:
         height=0.7 + 0.85 * -(-shown // columns),
         title=f"What the classifier saw of {source}, and its answers ({shown} of {len(x)})",
     )
-    image_grid(axes[0, 0], x[:shown], columns, labels=[row["prediction"] for row in rows[:shown]])
+    answers = [row["prediction"] for row in rows[:shown]]
+    if labels is not None:
+        true = [classifier.classes[label] for label in labels]
+        answers = [a if a == t else f"{a} (is {t})" for a, t in zip(answers, true, strict=True)]
+    image_grid(axes[0, 0], classifier.preparation.images(x[:shown]), columns, labels=answers)
     save_figure(figure, run.path("predictions.png"))
     accuracy = {} if labels is None else {"accuracy": float((first == labels).mean())}
     return run.finish({"pictures": len(x), **accuracy, "predictions": rows[:SHOWN]})

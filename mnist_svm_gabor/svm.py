@@ -96,8 +96,10 @@ def fit_svm(x: np.ndarray, y: np.ndarray, kernel: str, C: float, gamma: float = 
     """Fit an SVM to x (N, D) float32 and labels y (N,) in 0 … K − 1, all of which occur.
 
     C: cost of a violated margin. gamma: width of the kernel in units of 1 / (total variance of x), so that it does not
-    depend on the features' scale (scikit-learn's gamma="scale" is 1).
+    depend on the features' scale (for centred x, scikit-learn's gamma="scale" is 1).
     """
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}, got {kernel!r}")
     n_classes = int(y.max()) + 1
     if len(np.unique(y)) != n_classes or n_classes < 2:
         raise ValueError(f"labels must be 0 … K − 1 with every class present, K at least 2; got {np.unique(y)}")

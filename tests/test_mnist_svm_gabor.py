@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ from PIL import Image
 from scipy.signal import correlate2d
 from sklearn.svm import SVC, LinearSVC
 
-from mnist_svm_gabor import ablation, classifier, invariance, learning_curve, predict, train
-from mnist_svm_gabor.classifier import Classifier, Grid, choose_and_fit, default_grid
-from mnist_svm_gabor.features import BANKS, Preparation, deskew, fit_projection
+from mnist_svm_gabor import ablation, invariance, learning_curve, predict, protocol, train
+from mnist_svm_gabor.classifier import Classifier
+from mnist_svm_gabor.features import BANKS, Preparation, deskew, principal_axes
 from mnist_svm_gabor.gabor import CHUNK, GaborBank, pooling_windows
+from mnist_svm_gabor.protocol import Grid, choose_and_fit, default_grid, folds
 from mnist_svm_gabor.svm import choose_svm, fit_svm
 from shared_utils.cli import UserError, run_main
-from shared_utils.data import load_images, split_positions
+from shared_utils.data import load_images
 from shared_utils.runs import ROOT
 
 REAL = ROOT / "data"
@@ -32,7 +34,7 @@ def grating(size, f, theta, phase=0.0):
 # --- the bank -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bank", [GaborBank(), BANKS[28], GaborBank(3, 2, 5, phase=np.pi / 2, aspect=0.5)])
+@pytest.mark.parametrize("bank", [GaborBank(), BANKS[28], GaborBank(3, 2, 5, ratio=1.0)])
 def test_kernels_have_zero_mean_and_unit_norm(bank):
     kernels = bank.kernels
     assert kernels.shape == (bank.orientations * bank.frequencies, bank.kernel_size, bank.kernel_size)
@@ -50,18 +52,28 @@ def test_the_default_bank_has_twelve_kernels_and_they_follow_the_formula():
     for i in range(7):
         for j in range(7):
             along = x[j] * np.cos(theta) + y[i] * np.sin(theta)
-            across = -x[j] * np.sin(theta) + y[i] * np.cos(theta)
-            envelope[i, j] = np.exp(-(along**2 + across**2) / (2 * sigma**2))
+            envelope[i, j] = np.exp(-(x[j] ** 2 + y[i] ** 2) / (2 * sigma**2))
             expected[i, j] = envelope[i, j] * np.cos(2 * np.pi * f * along)
     expected -= envelope * expected.sum() / envelope.sum()
     np.testing.assert_allclose(bank.kernels[4 + 3], expected / np.linalg.norm(expected), atol=1e-12)
 
 
-def test_each_kernel_answers_most_to_its_own_orientation():
-    bank = GaborBank(orientations=6, frequencies=1, highest=0.2, kernel_size=11, energy=True)
-    waves = np.stack([grating(28, 0.2, theta) for theta in bank.angles])
-    energy = bank.maps(waves)[:, :, 8:20, 8:20].mean((2, 3)).numpy()  # (wave, kernel)
-    assert energy.argmax(1).tolist() == list(range(6))
+def test_the_odd_partner_answers_to_the_edge_on_its_right():
+    bank = GaborBank(orientations=1, frequencies=1)
+    edge = np.tile(np.where(np.arange(7) > 3, 1.0, -1.0), (7, 1))
+    odd = bank._kernels(-np.pi / 2)[0]
+    assert (odd * edge).sum() > 0.5
+    np.testing.assert_allclose(odd, -odd[:, ::-1], atol=1e-12)
+
+
+@pytest.mark.parametrize("frequency", [0, 1, 2])
+@pytest.mark.parametrize("resolution", BANKS)
+def test_each_kernel_of_the_banks_answers_most_to_its_own_orientation(resolution, frequency):
+    bank = replace(BANKS[resolution], energy=True)
+    waves = np.stack([grating(40, bank.cycles[frequency], theta) for theta in bank.angles])
+    energy = bank.maps(waves)[:, :, 10:30, 10:30].mean((2, 3)).numpy()  # (wave, kernel)
+    own = energy[:, frequency * bank.orientations : (frequency + 1) * bank.orientations]
+    assert own.argmax(1).tolist() == list(range(bank.orientations))
 
 
 def test_each_kernel_answers_most_to_its_own_frequency():
@@ -122,11 +134,20 @@ def test_pooling_windows():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"kernel_size": 8}, {"kernel_size": 1}, {"orientations": 0}, {"highest": 0.6}, {"pooling": 0}]
+    "wrong",
+    [
+        *({"kernel_size": 8}, {"kernel_size": 1}, {"orientations": 0}, {"highest": 0.6}, {"pooling": 0}, {"ratio": 2}),
+        *({"ratio": -0.5}, {"envelope": 0}, {"window": -1}, {"power": 0}),
+    ],
 )
 def test_a_bank_that_cannot_be(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         GaborBank(**wrong)
+
+
+def test_more_windows_than_pixels_are_refused():
+    with pytest.raises(ValueError, match="20 pooling windows do not fit into 14"):
+        GaborBank(pooling=20).features(np.zeros((1, 14, 14)))
 
 
 def test_images_of_another_shape_are_refused():
@@ -171,19 +192,34 @@ def test_projection_whitens_as_much_as_asked():
         np.float32
     )
     variance = np.sort(np.linalg.eigvalsh(np.cov(x.T, bias=True)))[::-1]
+    axes = principal_axes(x)
     for whitening in (0.0, 0.5, 1.0):
-        z = fit_projection(x, 6, whitening)(x)
+        z = axes.projection(6, whitening)(x)
         np.testing.assert_allclose(np.cov(z.T, bias=True), np.diag(variance ** (1 - whitening)), atol=2e-3)
         np.testing.assert_allclose(z.mean(0), 0, atol=1e-4)
-    plain = fit_projection(x, 6, 0.0)(x)
+    plain = axes.projection(6, 0.0)(x)
     np.testing.assert_allclose(np.linalg.norm(plain[0] - plain[1]), np.linalg.norm(x[0] - x[1]), rtol=1e-4)
-    assert fit_projection(x, 3, 0.5).matrix.shape == (6, 3)
+    assert axes.projection(3, 0.5).matrix.shape == (6, 3)
 
 
 def test_projection_leaves_out_directions_without_variance():
     x = np.random.default_rng(0).standard_normal((100, 5)).astype(np.float32)
     x[:, 3] = 7
-    assert fit_projection(x, 5, 1.0).matrix.shape == (5, 4)
+    assert principal_axes(x).projection(5, 1.0).matrix.shape == (5, 4)
+
+
+def test_fewer_images_than_numbers_leave_no_direction_that_is_only_rounding():
+    x = Preparation(14)(load_images("digits", "train").x[:84])
+    assert len(principal_axes(x[:84]).variances) <= 83
+    z = principal_axes(x[:60]).projection(100, 1.0)(x)
+    assert z.shape[1] <= 59
+    assert z[60:].std(0).max() < 100 * z[:60].std(0).max()
+
+
+@pytest.mark.parametrize("resolution", [14, 28])
+def test_images_are_in_units_of_one(resolution):
+    white = np.full((1, 1, 28, 28), 255, dtype=np.uint8)
+    assert Preparation(resolution).images(white).min() == 1
 
 
 # --- the SVM ------------------------------------------------------------------------------------------------------
@@ -230,7 +266,12 @@ def test_a_missing_class_is_refused(blobs):
         fit_svm(x[y != 2], y[y != 2], "rbf", C=1.0)
 
 
-def test_the_search_puts_the_fewest_errors_first_and_never_sees_the_test_set(blobs):
+def test_an_unknown_kernel_is_refused(blobs):
+    with pytest.raises(ValueError, match="kernel must be one of"):
+        fit_svm(blobs[0], blobs[1], "sigmoid", C=1.0)
+
+
+def test_the_search_puts_the_fewest_errors_first(blobs):
     x, y, x_val, y_val = blobs
     rows = choose_svm(x, y, x_val, y_val, "rbf", [0.01, 1.0], [0.1, 1.0])
     assert [row["val_errors"] for row in rows] == sorted(row["val_errors"] for row in rows)
@@ -239,13 +280,50 @@ def test_the_search_puts_the_fewest_errors_first_and_never_sees_the_test_set(blo
     assert len(choose_svm(x, y, x_val, y_val, "linear", [0.1, 1.0], [0.1, 1.0])) == 2
 
 
-def test_the_projection_of_the_search_is_fitted_without_the_validation_images(blobs, monkeypatch):
+def test_folds_are_disjoint_complete_and_few_images_get_five():
+    y = np.arange(1200) % 10
+    for n, count in ((1200, 1), (500, 5)):
+        parts = folds(y[:n], np.random.default_rng(0))
+        assert len(parts) == count
+        for train_at, val_at in parts:
+            assert sorted([*train_at, *val_at]) == list(range(n))
+            assert len(np.unique(y[train_at])) == 10
+        if count == 5:
+            assert sorted(np.concatenate([val_at for _, val_at in parts])) == list(range(n))
+    with pytest.raises(UserError, match="too few"):
+        folds(np.array([0, 0, 0, 0, 0, 0, 1]), np.random.default_rng(0))
+
+
+def test_the_protocol_counts_on_images_it_did_not_fit_and_refits_what_it_chose(blobs, monkeypatch):
     x, y, _, _ = blobs
-    seen = []
-    monkeypatch.setattr(classifier, "fit_projection", lambda x, *a: seen.append(len(x)) or fit_projection(x, *a))
-    train_at, val_at = split_positions(y, 100)
-    choose_and_fit(x, y, train_at, val_at, "rbf", Grid([1.0], [1.0], [0.0, 0.5], 4))
-    assert seen == [300, 300, 400]
+    parts = [(np.arange(0, 300), np.arange(300, 350)), (np.arange(100, 400), np.arange(0, 50))]
+    fitted_to, counted_on, refits = [], [], []
+
+    def axes(vectors):
+        fitted_to.append(vectors)
+        return principal_axes(vectors)
+
+    def trial(x_fit, y_fit, x_val, y_val, kernel, Cs, gammas):
+        counted_on.append((len(x_fit), y_fit, y_val))
+        return [{"C": C, "gamma": g, "val_errors": int(g != 0.7), "seconds": 0.0} for C in Cs for g in gammas]
+
+    def refit(x, y, kernel, C, gamma):
+        refits.append((len(x), x.shape[1], kernel, C, gamma))
+        return fit_svm(x, y, kernel, C, gamma)
+
+    monkeypatch.setattr(protocol, "principal_axes", axes)
+    monkeypatch.setattr(protocol, "choose_svm", trial)
+    monkeypatch.setattr(protocol, "fit_svm", refit)
+    fitted = choose_and_fit(x, y, parts, "rbf", Grid([2.0], [0.1, 0.7], [0.5], [3]))
+    assert [np.array_equal(a, b) for a, b in zip(fitted_to, (x[:300], x[100:], x), strict=True)] == [True] * 3
+    assert all(np.array_equal(b, y[q]) for (_, _, b), (_, q) in zip(counted_on, parts, strict=True))
+    assert all(np.array_equal(a, y[p]) for (_, a, _), (p, _) in zip(counted_on, parts, strict=True))
+    assert refits == [(400, 3, "rbf", 2.0, 0.7)]
+    assert fitted.trials[0] == {
+        **{"components": 3, "whitening": 0.5, "C": 2.0, "gamma": 0.7},
+        **{"val_errors": 0, "val_accuracy": 1.0, "seconds": 0.0},
+    }
+    assert fitted.trials[1]["val_errors"] == 2
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -255,8 +333,8 @@ def test_the_projection_of_the_search_is_fitted_without_the_validation_images(bl
 def fitted():
     images = load_images("digits", "train")
     prepare = Preparation(14, True, GaborBank())
-    train_at, val_at = split_positions(images.y)
-    found = choose_and_fit(prepare(images.x), images.y, train_at, val_at, "rbf", default_grid("rbf"))
+    grid = replace(default_grid("rbf"), components=[100])
+    found = choose_and_fit(prepare(images.x), images.y, folds(images.y, np.random.default_rng(0)), "rbf", grid)
     return Classifier(prepare, found.projection, found.svm, images.classes)
 
 
@@ -306,9 +384,41 @@ def test_noise_has_the_strength_asked_for():
 
 
 def test_tolerance_is_the_unbroken_range():
-    assert invariance.tolerance([-2, -1, 0, 1, 2], [0.95, 0.5, 0.99, 0.91, 0.2]) == "0 … 1"
-    assert invariance.tolerance([0.9, 1.0, 1.1], [0.95, 0.99, 0.95]) == "0.9 … 1.1"
-    assert invariance.tolerance([0, 1], [0.5, 0.95]) == "none"
+    assert invariance.tolerance([-2, -1, 0, 1, 2], [0.95, 0.5, 0.99, 0.91, 0.2], neutral=0) == "0 … 1"
+    assert invariance.tolerance([0.9, 1.0, 1.1], [0.95, 0.99, 0.95], neutral=1) == "0.9 … 1.1"
+    assert invariance.tolerance([0, 1], [0.5, 0.95], neutral=0) == "none"
+
+
+def test_the_headline_takes_both_ways_of_turning():
+    accuracies = {"raw": [0.1, 0.9, 0.5], "gabor": [0.2, 0.9, 0.4]}
+    found = {
+        "rotation": {"strength": [-30.0, 0.0, 30.0], **accuracies},
+        "noise": {"strength": [0.0, 0.3, 0.6], **accuracies},
+    }
+    assert invariance.headline(found)["at_30_degrees"] == {"raw": pytest.approx(0.3), "gabor": pytest.approx(0.3)}
+    assert invariance.headline(found)["under_noise"] == {"raw": 0.9, "gabor": 0.9}
+
+
+def test_what_is_counted_are_the_distorted_images(fitted, tmp_path):
+    fitted.save(tmp_path / "m.npz")
+    model = str(tmp_path / "m.npz")
+    flags = ["--quick", "--raw", model, "--gabor", model, "--n", "100", "--out", str(tmp_path / "out")]
+    rotation = invariance.main(flags)["accuracy"]["rotation"]
+    assert rotation["gabor"][rotation["strength"].index(0.0)] > 0.9
+    assert rotation["gabor"][-1] < 0.7
+    assert rotation["raw"] == rotation["gabor"]
+
+
+def test_a_picture_is_cropped_stretched_and_centred_by_its_mass():
+    picture = np.full((1, 200, 300), 240, dtype=np.uint8)
+    picture[0, 20:120, 200:210] = 180  # a faint L, off the middle
+    picture[0, 110:120, 200:240] = 180
+    seen = predict.as_mnist(picture, "L")[0].astype(float)
+    assert seen.max() == 255
+    rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+    assert (rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1) == (20, 8)
+    my, mx, _ = moments(seen)
+    assert (my, mx) == (pytest.approx(13.5, abs=0.6), pytest.approx(13.5, abs=0.6))
 
 
 def test_pictures_of_the_learners_own_are_brought_into_mnists_form(fitted):
@@ -324,8 +434,9 @@ def test_pictures_of_the_learners_own_are_brought_into_mnists_form(fitted):
     assert (fitted.predict(pictures) == test.y).mean() > 0.9
     assert np.array_equal(predict.as_mnist(test.x[0], "x"), test.x[0])
     assert np.array_equal(predict.as_mnist(255 - test.x[0], "x"), test.x[0])
-    with pytest.raises(UserError, match="nothing is drawn"):
-        predict.as_mnist(np.full((1, 50, 60), 255, dtype=np.uint8), "blank")
+    for side in (28, 50):
+        with pytest.raises(UserError, match="nothing is drawn"):
+            predict.as_mnist(np.full((1, side, side), 255, dtype=np.uint8), "blank")
 
 
 # --- scripts ------------------------------------------------------------------------------------------------------
@@ -349,9 +460,10 @@ def fails(module, flags, capsys, out=None):
         (["--dataset", "shapes"], "needs 1×28×28"),
         (["--train-size", "0"], "whole number above 0"),
         (["--train-size", "70000", "--dataset", "digits"], "digits has 1437 training images"),
-        (["--train-size", "12", "--dataset", "digits"], "at least two images for each"),
+        (["--train-size", "12", "--dataset", "digits"], "at least five for each of 10 classes"),
         (["--C", "-1"], "finite number above 0"),
         (["--gamma", "nan"], "finite number above 0"),
+        (["--gamma", "1", "--kernel", "linear", "--dataset", "digits"], "a linear kernel has none"),
         (["--kernel", "cubic"], "invalid choice"),
         (["--kernel-size", "8", "--dataset", "digits"], "kernel_size must be odd"),
         (["--resolution", "13"], "invalid choice"),
@@ -393,8 +505,8 @@ def test_bad_input_to_the_readers(fitted, tmp_path, capsys):
         (predict, [*model, tmp_path / "absent.png"], "no such file"),
         (predict, [*model, tmp_path / "empty"], "has no image"),
         (predict, ["--model", tmp_path / "no_image.png"], "no .npz file"),
-        (predict, ["--runs-dir", tmp_path], "`python mnist_svm_gabor/train.py` makes it"),
-        (invariance, ["--runs-dir", tmp_path, "--quick"], "`python mnist_svm_gabor/train.py --quick` makes it"),
+        (predict, ["--runs-dir", tmp_path], "`python mnist_svm_gabor/train.py --runs-dir "),
+        (invariance, ["--runs-dir", tmp_path, "--quick"], "`python mnist_svm_gabor/train.py --quick --runs-dir "),
         (learning_curve, ["--sizes", "20", "--dataset", "digits"], "--sizes must lie between 50"),
         (learning_curve, ["--sizes", "2000", "--dataset", "digits"], "the 1437 of digits"),
         (ablation, ["--train-size", "2000", "--dataset", "digits"], "digits has 1437"),
@@ -416,6 +528,8 @@ def test_the_learners_own_folder_trains_and_predicts(tmp_path):
     pictures = sorted((tmp_path / "mine/test/digit 2").iterdir())
     flags = ["--model", tmp_path / "run/gabor.npz", "--out", tmp_path / "answers", *pictures[:3]]
     answers = predict.main([str(flag) for flag in flags])["predictions"]
+    with pytest.raises(UserError, match="the data set has 0, 1, 2"):
+        predict.main(["--model", str(tmp_path / "run/gabor.npz"), "--quick", "--out", str(tmp_path / "answers")])
     assert [answer["prediction"] for answer in answers] == ["digit 2"] * 3
 
 

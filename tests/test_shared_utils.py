@@ -316,7 +316,7 @@ def test_what_could_not_be_loaded_is_not_saved_and_the_old_file_stays(tmp_path, 
         raise RuntimeError("PytorchStreamWriter failed writing file: No space left")
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(UserError, match="cannot write .*No space"):
+    with pytest.raises(UserError, match=r"cannot write .*No space"):
         checkpoint.save(path, epoch=2)
     assert checkpoint.load(path)["epoch"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
