@@ -4,7 +4,6 @@
 `load_arrays` for NumPy (`.npz`, no pickle). Writing goes to a file beside, then renames it.
 """
 
-import pickle
 import random
 import zipfile
 from collections.abc import Iterable
@@ -42,7 +41,7 @@ def save(path: str | Path, *, rng: np.random.Generator | None = None, config: di
             raise OSError(str(error).splitlines()[0]) from error
         try:
             torch.load(beside, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
+        except Exception as error:  # UnpicklingError, of a kind that torch does not name
             raise ValueError(f"the state holds something that could not be loaded again: {error}") from None
 
 
