@@ -47,6 +47,15 @@ def timed(call: Callable, times: int) -> float:
     return (time.perf_counter() - started) / times
 
 
+def traced_peak_mb(call: Callable) -> float:
+    """The most memory (MB, 10⁶ bytes) that NumPy and Python hold at once for `call`, beyond what they held before."""
+    tracemalloc.start()
+    call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / 1e6
+
+
 def in_turns(calls: dict[str, Callable], repeats: int, times: int) -> dict[str, list[float]]:
     """Seconds per call of each, measured `repeats` times, one after the other in turns."""
     for call in calls.values():
@@ -109,7 +118,7 @@ def convolutional_twins(rng: np.random.Generator) -> tuple[Sequential, torch.nn.
 
 
 def compare_steps(rng: np.random.Generator, repeats: int) -> list[dict]:
-    """A row per network: milliseconds of both, and the median of the ratios turn by turn."""
+    """A row per network: milliseconds of both, the median of the ratios turn by turn, NumPy's memory for a step."""
     embedding = embedding_network(rng, 10)
     pairs = {
         "patch embedding, batch 32": (embedding, torch_twin(embedding), 32, 200),
@@ -119,10 +128,12 @@ def compare_steps(rng: np.random.Generator, repeats: int) -> list[dict]:
     for name, (ours, theirs, batch, times) in pairs.items():
         x = rng.standard_normal((batch, 1, 28, 28)).astype(np.float32)
         y = rng.integers(0, 10, batch)
-        found = in_turns({"numpy": numpy_step(ours, x, y), "torch": torch_step(theirs, x, y)}, repeats, times)
+        step = numpy_step(ours, x, y)
+        found = in_turns({"numpy": step, "torch": torch_step(theirs, x, y)}, repeats, times)
         ratio = np.median(np.divide(found["numpy"], found["torch"]))
         milliseconds = {f"{key}_ms": 1000 * float(np.median(values)) for key, values in found.items()}
-        rows.append({"step": name, **milliseconds, "numpy_over_torch": float(ratio)})
+        peak = traced_peak_mb(step)
+        rows.append({"step": name, **milliseconds, "numpy_over_torch": float(ratio), "numpy_peak_mb": peak})
     return rows
 
 
@@ -165,12 +176,9 @@ def compare_convolutions(rng: np.random.Generator, repeats: int) -> list[dict]:
     for name, (way, times) in ways.items():
         if not np.allclose(way(x, W), expected, atol=1e-3):
             raise AssertionError(f"{name} computes something else")
-        tracemalloc.start()
-        way(x, W)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
+        peak = traced_peak_mb(lambda way=way: way(x, W))
         seconds = min(timed(lambda way=way: way(x, W), times) for _ in range(max(1, repeats // 5)))
-        rows.append({"way": name, "ms": 1000 * seconds, "peak_mb": peak / 1e6})
+        rows.append({"way": name, "ms": 1000 * seconds, "peak_mb": peak})
     for row in rows:
         row["faster_than_loops"] = rows[0]["ms"] / row["ms"]
     return rows
