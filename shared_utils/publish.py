@@ -8,7 +8,7 @@ Copies metrics.json and the PNGs of each declared run that `runs/` holds; a quic
 the READMEs alone. No number in a README is typed by hand; it stands between markers, comments that no reader sees:
 
     <!-- runs --> … <!-- /runs -->                        in an experiment's README: each published run, a row each
-    <!-- results --> … <!-- /results -->                  in the first README: the same for all experiments
+    <!-- results --> … <!-- /results -->                  in the first README: those with `first_page`
     <!-- table train errors: step | accuracy:.2% --> … <!-- /table -->    a list of rows in metrics.json, these columns
     <!-- value train {test_accuracy:.2%} --> … <!-- /value -->            a format string over metrics.json
 
@@ -95,7 +95,8 @@ def _runs_table(folders: list[str], with_experiment: bool) -> str:
     rows = []
     for experiment in folders:
         for run in declared_runs(experiment):
-            if (ROOT / experiment / "results" / run.name / "metrics.json").exists():
+            wanted = run.first_page or not with_experiment
+            if wanted and (ROOT / experiment / "results" / run.name / "metrics.json").exists():
                 rows.append(_run_row(run, with_experiment))
     head = ["measured", "command", "data", "time", "machine", "commit"]
     return _markdown(["experiment", *head] if with_experiment else head, rows)

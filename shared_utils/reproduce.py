@@ -10,8 +10,9 @@ Each experiment folder declares its runs in `experiment.json`, in the order in w
          "headline": "{test_accuracy:.2%}"}]}
 
 `name` is the run's folder; where it differs from the script's own name, `--out` is passed. `quick` may hold other
-arguments for the quick run. `minutes` is what the full run takes on two cores, `headline` a format string over
-metrics.json. One process serves a folder, so that PyTorch is loaded once; a failure ends that run alone.
+arguments for the quick run. `first_page` puts the run into the first README's table. `minutes` is what the full run
+takes on two cores, `headline` a format string over metrics.json. One process serves a folder, so that PyTorch is loaded
+once; a failure ends that run alone.
 
 Writes report.html, and each run's log.txt.
 """
@@ -43,6 +44,7 @@ class Declared:
     quick_args: tuple[str, ...]
     minutes: float
     headline: str
+    first_page: bool
 
     @property
     def module(self) -> str:
@@ -72,6 +74,7 @@ def declared_runs(experiment: str) -> list[Declared]:
             quick_args=tuple(run.get("quick", run.get("args", ()))),
             minutes=run["minutes"],
             headline=run["headline"],
+            first_page=run.get("first_page", False),
         )
         for run in read_json(ROOT / experiment / "experiment.json")["runs"]
     ]

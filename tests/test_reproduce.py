@@ -25,7 +25,13 @@ def house(tmp_path, monkeypatch):
     home = tmp_path / "house" / "toy"
     home.mkdir(parents=True)
     declared = [
-        {"name": "train", "script": "train.py", "minutes": 1, "headline": "accuracy {accuracy:.1%}"},
+        {
+            "name": "train",
+            "script": "train.py",
+            "minutes": 1,
+            "headline": "accuracy {accuracy:.1%}",
+            "first_page": True,
+        },
         {"name": "wide", "script": "train.py", "args": ["--width", "9"], "quick": ["--width", "2"], "minutes": 2}
         | {"headline": "{accuracy:.1%}"},
     ]
@@ -82,7 +88,13 @@ def test_publishing_copies_metrics_and_figures_and_fills_the_readmes(house, tmp_
     assert "old" not in text
     assert "| a | – |\n| b\\|c | 0.03 |" in text
     assert "<!-- value train {accuracy:.1%} -->50.0%<!-- /value -->" in text
-    assert "[toy](toy)" in publish.render(house / "README.md")
+    finished_run(tmp_path / "runs" / "toy" / "wide", accuracy=0.25)
+    publish.publish("toy", tmp_path / "runs")
+    first_page = publish.render(house / "README.md")
+    assert first_page.count("[toy](toy)") == 1
+    assert "accuracy 50.0%" in first_page
+    text = publish.render(house / "toy" / "README.md")
+    assert "25.0%" in text
     (house / "toy" / "README.md").write_text(text)
     assert publish.render(house / "toy" / "README.md") == text
     (house / "toy" / "results" / "train" / "metrics.json").write_text(
