@@ -104,7 +104,8 @@ class PatchEmbedding(Layer):
 
     def backward(self, dy: np.ndarray, need_dx: bool = True) -> np.ndarray | None:
         flat = dy.reshape(-1, dy.shape[-1])  # (N·rows·columns, dim)
-        self.grads = {"W": self._x.T @ flat, "b": flat.sum(0)}
+        ones = np.ones(len(flat), flat.dtype)  # as a product: several times as fast as sum(0) on so thin an array
+        self.grads = {"W": self._x.T @ flat, "b": ones @ flat}
         if not need_dx:
             return None
         p = self.patch_size
