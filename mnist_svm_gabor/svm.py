@@ -19,6 +19,7 @@ from itertools import combinations
 import numpy as np
 from joblib import Parallel, delayed
 from sklearn.svm import SVC, LinearSVC
+from threadpoolctl import threadpool_limits
 
 KERNELS = ("linear", "linear-ovo", "rbf", "poly")
 DEGREE = 3
@@ -154,5 +155,7 @@ def choose_svm(
             "seconds": round(time.perf_counter() - started, 2),
         }
 
-    rows = Parallel(n_jobs=min(os.cpu_count() or 1, len(grid)), prefer="threads")(delayed(trial)(*one) for one in grid)
+    workers = Parallel(n_jobs=min(os.cpu_count() or 1, len(grid)), prefer="threads")
+    with threadpool_limits(1, user_api="blas"):  # a core per machine: their matrix products must not fight for all
+        rows = workers(delayed(trial)(*one) for one in grid)
     return sorted(rows, key=lambda row: (row["val_errors"], row["C"], row["gamma"]))

@@ -19,7 +19,13 @@ SOURCES = sorted(
 )
 SCRIPTS = [p for p in SOURCES if p.parent.name in EXPERIMENTS and "def build_parser" in p.read_text(encoding="utf-8")]
 READMES = sorted([ROOT / "README.md", *ROOT.glob("*/README.md")])
-PROVIDED = {"PIL": "matplotlib", "scipy": "scikit-learn", "joblib": "scikit-learn", "sklearn": "scikit-learn"}
+PROVIDED = {
+    "PIL": "matplotlib",
+    "scipy": "scikit-learn",
+    "joblib": "scikit-learn",
+    "threadpoolctl": "scikit-learn",
+    "sklearn": "scikit-learn",
+}
 
 
 def relative(path: Path) -> str:
