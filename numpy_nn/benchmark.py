@@ -73,7 +73,7 @@ def numpy_step(network: Sequential, x: np.ndarray, y: np.ndarray) -> Callable:
 
     def step():
         loss.forward(network.forward(x, training=True), y)
-        network.backward(loss.backward())
+        network.backward(loss.backward(), need_dx=False)
         optimizer.step()
 
     return step

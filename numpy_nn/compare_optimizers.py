@@ -101,7 +101,7 @@ def train_toy(toy: str, make: Callable, lr: float, seed: int, args) -> tuple[np.
         for epoch in range(args.epochs + 1):
             for batch in minibatches(len(x), args.batch_size, rng) if epoch else ():
                 loss.forward(network.forward(x[batch], training=True), y[batch])
-                network.backward(loss.backward())
+                network.backward(loss.backward(), need_dx=False)
                 optimizer.step()
             losses.append([loss.forward(network.forward(a), b) for a, b in ((x, y), (x_val, y_val))])
         return *np.array(losses, dtype=np.float64).T, network

@@ -38,7 +38,7 @@ def stepper(network: Sequential, x: np.ndarray, y: np.ndarray, lr: float) -> Cal
     def step(batch: np.ndarray) -> tuple[float, float]:
         logits = network.forward(x[batch], training=True)  # (B, K)
         value = loss.forward(logits, y[batch])
-        network.backward(loss.backward())
+        network.backward(loss.backward(), need_dx=False)
         optimizer.step()
         return float(value), float((logits.argmax(1) != y[batch]).mean())
 

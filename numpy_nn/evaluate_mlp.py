@@ -26,6 +26,8 @@ from shared_utils.stats import wilson_interval
 
 def load_network(weights: Path, data: Inputs) -> Sequential:
     """The network in `weights` (.npz) with the architecture in the .json beside it. Errors: `UserError`, one line."""
+    if weights.is_dir():
+        raise UserError(f"{weights} is a folder, not a file of weights")
     described = weights.with_suffix(".json")
     about = read_json(described)
     try:

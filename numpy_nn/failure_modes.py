@@ -5,7 +5,8 @@
 The reference reports 40 to 60 % for PatchEmbedding → ReLU → Linear and blames its depth. Here the same network is
 trained as it should be, and with the faults that give such numbers: a ReLU on the logits (instead of between the
 layers), weights much wider than He's sqrt(2 / fan_in), both (three draws of the weights), and pixels that nobody
-scaled. Same batches, same learning rate, 10,000 updates.
+scaled. σ = 0.5 was picked for landing there. Same batches, same
+learning rate, 10,000 updates.
 
 Writes failure_modes.png, history.csv, metrics.json.
 """
@@ -57,7 +58,7 @@ def networks(n_classes: int, seed: int) -> dict[str, tuple[Sequential, float]]:
         "ReLU on the logits": (on_logits(), 1.0),
         "weights of σ = 1": (wide(fresh(), 1.0), 1.0),
         **{f"both, σ = 0.5, draw {draw}": (wide(on_logits(), 0.5, draw), 1.0) for draw in (1, 2, 3)},
-        "pixels × 80 (as if 0 to 255)": (fresh(), 80.0),
+        "standardised pixels × 80": (fresh(), 80.0),
     }
 
 
@@ -114,6 +115,7 @@ def main(argv=None) -> dict:
 def draw(courses: dict, rows: list[dict], title: str):
     """Validation error of every network against updates."""
     accuracies = {row["network"]: row["test_accuracy"] for row in rows}
+    diverged = {row["network"]: row["diverged_at"] for row in rows}
     worst = min(accuracies.values())
     figure, axes = new_figure(
         width=8,
@@ -122,7 +124,7 @@ def draw(courses: dict, rows: list[dict], title: str):
     )
     for index, (name, (at, errors)) in enumerate(courses.items()):
         style = {"color": COLORS[index], "linestyle": DASHES[index % 4], "marker": "x" if len(at) == 1 else None}
-        label = f"{name}: {accuracies[name]:.1%} on the test images" + (", diverged" if len(at) == 1 else "")
+        label = f"{name}: {accuracies[name]:.1%} on the test images" + (", diverged" if diverged[name] else "")
         axes[0, 0].plot(at, [100 * error for error in errors], label=label, **style)
     axes[0, 0].set(xlabel="update", ylabel="validation error (%)", yscale="log")
     axes[0, 0].set_yticks([5, 10, 20, 50, 100], ["5", "10", "20", "50", "100"])

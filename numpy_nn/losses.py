@@ -19,9 +19,14 @@ class SoftmaxCrossEntropy:
         """logits: (N, K), labels: whole numbers (N,) in 0 … K − 1. Errors: `ValueError` for others, and for NaN."""
         labels = np.asarray(labels)
         if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-            raise ValueError(f"needs logits (N, K) and labels (N,), got {logits.shape} and {labels.shape}")
+            raise ValueError(
+                f"SoftmaxCrossEntropy needs logits (N, K) and labels (N,), got {logits.shape} and {labels.shape}"
+            )
         if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= logits.shape[1]:
-            raise ValueError(f"labels must be whole numbers from 0 to {logits.shape[1] - 1}, got {np.unique(labels)}")
+            raise ValueError(
+                f"SoftmaxCrossEntropy: labels must be whole numbers from 0 to {logits.shape[1] - 1}, "
+                f"got {labels.dtype} from {labels.min()} to {labels.max()}"
+            )
         log_p = log_softmax(logits)
         self._labels, self._p = labels, np.exp(log_p)
         loss = -log_p[np.arange(len(labels)), labels].mean()
@@ -42,7 +47,9 @@ class MSE:
     def forward(self, prediction: np.ndarray, target: np.ndarray) -> float:
         """prediction, target: (N, M). Errors: `ValueError` for other shapes, and for NaN."""
         if prediction.shape != target.shape:
-            raise ValueError(f"prediction and target must have one shape, got {prediction.shape} and {target.shape}")
+            raise ValueError(
+                f"MSE: prediction and target must have one shape, got {prediction.shape} and {target.shape}"
+            )
         self._difference = prediction - target
         loss = (self._difference**2).mean()
         if not np.isfinite(loss):

@@ -131,7 +131,7 @@ def train(points: Points, args, rng: np.random.Generator) -> tuple[Sequential, d
             except ValueError as error:
                 where = f"update {optimizer.t + 1}, learning rate {optimizer.lr:.3g}"
                 raise UserError(f"{where}: {error}; try --lr {args.lr / 10:g}") from None
-            network.backward(loss.backward())
+            network.backward(loss.backward(), need_dx=False)
             optimizer.step()
         history["training"].append(rmse(network.forward(points.x_train), points.y_train))
         history["validation"].append(rmse(network.forward(points.x_val), points.y_val))

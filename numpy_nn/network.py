@@ -23,8 +23,8 @@ class Sequential:
             x = layer.forward(x, training)
         return x
 
-    def backward(self, dy: np.ndarray, need_dx: bool = False) -> np.ndarray | None:
-        """Fill every layer's `grads`; dy is the loss's gradient. With need_dx also the gradient of the input."""
+    def backward(self, dy: np.ndarray, need_dx: bool = True) -> np.ndarray | None:
+        """Fill every layer's `grads`; dy is the loss's gradient. Returns dx, or None without need_dx."""
         for layer in reversed(self.layers[1:]):
             dy = layer.backward(dy)
         return self.layers[0].backward(dy, need_dx)
@@ -45,6 +45,8 @@ class Sequential:
         if theirs != ours:
             odd = min(set(theirs.items()) ^ set(ours.items()))[0]
             raise UserError(f"{source} is of another network: {odd} is {theirs.get(odd)} there, {ours.get(odd)} here")
+        if bad := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+            raise UserError(f"{source}: {bad[0]} has NaN or infinity in it")
         for name, array in own.items():
             array[...] = arrays[name]
 

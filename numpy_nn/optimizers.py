@@ -25,6 +25,8 @@ class Optimizer:
         self.t += 1
         for i, layer in enumerate(self.layers):
             for name, w in layer.params.items():
+                if name not in layer.grads:
+                    raise ValueError(f"{layer!r} has no gradient of {name}: call backward before step")
                 g = layer.grads[name]
                 if self.weight_decay:
                     g = g + self.weight_decay * w

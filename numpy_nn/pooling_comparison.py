@@ -81,7 +81,7 @@ def train(variant: str, lr: float, seed: int, data: Inputs, args, run) -> dict:
                 batch = chosen[at]
                 optimizer.lr = lr * (1 + math.cos(math.pi * step / updates)) / 2
                 value = loss.forward(network.forward(data.x_train[batch], training=True), data.y_train[batch])
-                network.backward(loss.backward())
+                network.backward(loss.backward(), need_dx=False)
                 optimizer.step()
                 total += float(value) * len(batch)
                 step += 1

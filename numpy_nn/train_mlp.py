@@ -78,7 +78,7 @@ def train(activation: str, seed: int, data: Inputs, args, run) -> dict:
                 optimizer.lr = args.lr * rise * fall
                 x = shifted(data.x_train[batch], args.shift, rng)  # (B, 1, H, W)
                 value = loss.forward(network.forward(x, training=True), data.y_train[batch])
-                network.backward(loss.backward())
+                network.backward(loss.backward(), need_dx=False)
                 if step % every == 0:
                     recorded.append(step)
                     norms.append([float(np.linalg.norm(layer.grads["W"])) for layer in weighted])

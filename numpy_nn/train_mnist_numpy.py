@@ -1,7 +1,7 @@
 """How good does a convolutional network get that is written in NumPy alone?
 
     python numpy_nn/train_mnist_numpy.py --epochs 5 --batch-size 64 --lr 0.01
-    python numpy_nn/train_mnist_numpy.py --recipe strong
+    python numpy_nn/train_mnist_numpy.py --recipe strong --out runs/numpy_nn/train_mnist_numpy_strong
 
 Two convolutions of 5×5 with max pooling, then two fully connected layers with dropout. The learning rate rises over the
 first tenth of the updates to `--lr` and falls to zero along a cosine (Loshchilov and Hutter 2017). Each batch is moved
@@ -100,7 +100,7 @@ def main(argv=None) -> dict:
     loss = SoftmaxCrossEntropy()
     run = start_run(args)
 
-    first, best, seconds = 1, 0.0, 0.0
+    first, best, seconds = 1, -1.0, 0.0
     if args.resume:
         found = load_last(run.path("last.npz"), network, optimizer, rng)
         first, best, seconds = int(found["epoch"]) + 1, float(found["best"]), float(found["seconds"])
@@ -119,14 +119,18 @@ def main(argv=None) -> dict:
                 with np.errstate(over="ignore", invalid="ignore"):  # the loss says it, in one line
                     logits = network.forward(x, training=True)  # (B, K)
                     value = loss.forward(logits, y)
+                    network.backward(loss.backward(), need_dx=False)
+                    optimizer.step()
             except ValueError as error:
                 raise UserError(f"update {step}, learning rate {optimizer.lr:.3g}: {error}; try a lower --lr") from None
-            network.backward(loss.backward())
-            optimizer.step()
             total += float(value) * len(batch)
             wrong += int((logits.argmax(1) != y).sum())
         seconds += time.perf_counter() - started
-        val_loss, val_accuracy = evaluate(network, data.x_val, data.y_val)
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):
+                val_loss, val_accuracy = evaluate(network, data.x_val, data.y_val)
+        except ValueError as error:
+            raise UserError(f"after epoch {epoch}: {error}; try a lower --lr") from None
         run.log(
             epoch=epoch,
             train_loss=total / n,

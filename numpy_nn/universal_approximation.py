@@ -81,7 +81,7 @@ def train(network: Sequential, x: np.ndarray, y: np.ndarray, args, rng: np.rando
             except ValueError as error:
                 where = f"update {optimizer.t + 1}, learning rate {optimizer.lr:.3g}"
                 raise UserError(f"{where}: {error}; try --lr {args.lr / 10:g}") from None
-            network.backward(loss.backward())
+            network.backward(loss.backward(), need_dx=False)
             optimizer.step()
 
 

@@ -80,6 +80,8 @@ def main(argv=None) -> dict:
     """Draw filters and feature maps; returns the metrics."""
     args = build_parser().parse_args(argv)
     weights = Path(args.ckpt) if args.ckpt else find_output(args, "train_mnist_numpy", "best.npz")
+    if weights.is_dir():
+        raise UserError(f"{weights} is a folder, not a file of weights")
     described = weights.with_suffix(".json") if args.ckpt else find_output(args, "train_mnist_numpy", "best.json")
     network, recipe = load_network(weights, described)
     data = load_inputs(args)

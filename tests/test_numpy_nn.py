@@ -24,7 +24,7 @@ def rng(seed=0):
 def off_kinks(shape, seed=0, margin=0.05):
     """Values at least `margin` from 0 and from each other, so that no finite step crosses a kink or a tie."""
     n = int(np.prod(shape))
-    values = (np.arange(n) + 0.5 - n / 2) * 2 * margin
+    values = (np.arange(n) + 0.5 - n // 2) * 2 * margin
     return rng(seed).permutation(values).reshape(shape)
 
 
@@ -55,6 +55,8 @@ LAYERS = {
     "BatchNorm1d": (lambda: BatchNorm1d(4, dtype=np.float64), (6, 4)),
     "BatchNorm2d": (lambda: BatchNorm2d(3, dtype=np.float64), (2, 3, 3, 4)),
     "MaxPool2d overlapping": (lambda: MaxPool2d(3, 2, np.float64), (2, 2, 7, 8)),
+    "MaxPool2d": (lambda: MaxPool2d(2, dtype=np.float64), (1, 2, 6, 5)),
+    "AvgPool2d": (lambda: AvgPool2d(3, dtype=np.float64), (1, 2, 6, 7)),
     "AvgPool2d overlapping": (lambda: AvgPool2d(3, 1, np.float64), (2, 2, 5, 4)),
 }
 
@@ -102,10 +104,11 @@ def test_convolution_equals_autograd(n, c, o, k, s, p, size):
     )
 
 
-@pytest.mark.parametrize(("k", "s", "p"), [(3, 1, 1), (2, 2, 0), (3, 2, 1), (3, 3, 2), (1, 2, 0), (5, 1, 2)])
-def test_convolution_by_finite_differences(k, s, p):
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(("k", "s", "p"), [*itertools.product([2, 3], [1, 2, 3], [0, 1, 2]), (1, 2, 0), (5, 1, 2)])
+def test_convolution_by_finite_differences(k, s, p, n):
     layer = randomise(Conv2d(2, 3, k, s, p, rng=rng(), dtype=np.float64))
-    for error in layer_errors(layer, rng(1).standard_normal((2, 2, 5, 6))).values():
+    for error in layer_errors(layer, rng(1).standard_normal((n, 2, 5, 6))).values():
         assert error < 1e-7
 
 
@@ -115,6 +118,12 @@ def test_pooling_equals_autograd_also_at_ties(k, s, size):
     x = rng(1).integers(0, 3, (2, 3, *size)).astype(np.float64)  # three values: most windows have a tie
     compare_with_autograd(MaxPool2d(k, s, np.float64), x, lambda t: F.max_pool2d(t["x"], k, s))
     compare_with_autograd(AvgPool2d(k, s, np.float64), x, lambda t: F.avg_pool2d(t["x"], k, s))
+
+
+def test_linear_equals_autograd():
+    for n in (1, 4):
+        layer = randomise(Linear(5, 3, dtype=np.float64))
+        compare_with_autograd(layer, rng(1).standard_normal((n, 5)), lambda t: t["x"] @ t["W"] + t["b"])
 
 
 def test_patch_embedding_is_a_strided_convolution():
@@ -263,6 +272,17 @@ def test_adam_steps_by_lr_under_a_constant_gradient():
         layer.grads = {"W": np.full((1, 1), 3.0), "b": np.zeros(1)}
         optimizer.step()
         assert before - layer.params["W"] == pytest.approx(0.1 * step, rel=1e-6)
+
+
+def test_a_step_before_any_gradient_is_said():
+    with pytest.raises(ValueError, match="call backward before step"):
+        SGD([Linear(2, 2)], lr=0.1).step()
+
+
+def test_weights_that_are_not_finite_are_not_loaded():
+    network = Sequential(Linear(2, 2))
+    with pytest.raises(UserError, match="NaN or infinity"):
+        network.restore({name: array * np.nan for name, array in network.arrays().items()})
 
 
 def test_initial_weights_keep_the_variance():

@@ -124,7 +124,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_weights(tmp_path,
     ],
 )
 def test_bad_input_is_one_line(module, flags, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop, np.errstate(all="ignore"):
+    with pytest.raises(SystemExit) as stop:
         run_main(lambda: module.main(["--quick", *flags, "--out", str(tmp_path / "out")]), module.build_parser)
     written = capsys.readouterr().err
     assert stop.value.code == 2
