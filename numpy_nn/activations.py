@@ -1,13 +1,8 @@
-"""Activations, elementwise. The pure functions take complex numbers too. Shapes: any; the output has the input's."""
+"""Activations, elementwise; all take complex numbers too, and compare by the real part. Shapes: any; the output has the input's."""
 
 import numpy as np
 
 from numpy_nn.layers import Layer
-
-
-def relu(x: np.ndarray) -> np.ndarray:
-    """max(x, 0), by the real part."""
-    return x * (x.real > 0)
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:

@@ -45,6 +45,8 @@ def initial_weights(
     He's keeps the variance through a ReLU, which sets half of it to zero; Xavier's through a linear or tanh layer, in
     both directions. rng None draws from a generator seeded with 0.
     """
+    if min(shape) < 1:
+        raise ValueError(f"sizes must be 1 or more, got weights of shape {shape}")
     variances = {"he": 2 / fan_in, "xavier": 2 / (fan_in + fan_out)}
     if init not in variances:
         raise ValueError(f"init must be he or xavier, got {init!r}")

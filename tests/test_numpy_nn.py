@@ -321,6 +321,8 @@ def test_a_stored_network_computes_the_same(tmp_path):
         (lambda: BatchNorm1d(3).forward(np.zeros((1, 3)), training=True), "at least two values"),
         (lambda: BatchNorm2d(3).forward(np.zeros((2, 3))), r"\(N, 3, H, W\), got \(2, 3\)"),
         (lambda: Conv2d(1, 1, 3, stride=0), "1 or more"),
+        (lambda: PatchEmbedding(0), "1 or more"),
+        (lambda: Linear(0, 3), "1 or more"),
         (lambda: Dropout(1.0), r"in \[0, 1\)"),
         (lambda: SoftmaxCrossEntropy().forward(np.zeros((2, 3)), np.array([0, 3])), "from 0 to 2"),
         (lambda: SoftmaxCrossEntropy().forward(np.zeros((2, 3)), np.array([0, -1])), "from 0 to 2"),
