@@ -1,4 +1,4 @@
-"""Activations, elementwise; all take complex numbers too, and compare by the real part. Shapes: any; the output has the input's."""
+"""Activations, elementwise; complex numbers go by their real part. Shapes: any; the output has the input's."""
 
 import numpy as np
 

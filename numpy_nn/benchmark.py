@@ -25,7 +25,7 @@ from numpy_nn.layers import Flatten, Linear
 from numpy_nn.losses import SoftmaxCrossEntropy
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import SGD
-from numpy_nn.train_numpy_vs_torch import torch_twin
+from numpy_nn.twin import torch_twin
 from shared_utils.cli import make_parser, positive_int, run_main
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import start_run

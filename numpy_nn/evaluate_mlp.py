@@ -16,8 +16,8 @@ import numpy as np
 
 from numpy_nn.inputs import Inputs, load_inputs, predict_logits
 from numpy_nn.losses import log_softmax
+from numpy_nn.mlp import ACTIVATIONS, build_mlp
 from numpy_nn.network import Sequential
-from numpy_nn.train_mlp import ACTIVATIONS, build_mlp
 from shared_utils import plotting
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.runs import find_output, read_json, start_run

@@ -16,17 +16,14 @@ Source: Glorot and Bengio 2010 for the gradients, Kingma and Ba 2015 for Adam.
 Shapes: B batch, D features of a layer, K classes.
 """
 
-import itertools
 import math
 import time
 
 import numpy as np
 
-from numpy_nn.activations import ReLU, Sigmoid, Tanh
 from numpy_nn.inputs import Inputs, evaluate, load_inputs
-from numpy_nn.layers import Flatten, Linear
 from numpy_nn.losses import SoftmaxCrossEntropy
-from numpy_nn.network import Sequential
+from numpy_nn.mlp import ACTIVATIONS, build_mlp
 from numpy_nn.optimizers import Adam
 from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
@@ -34,18 +31,8 @@ from shared_utils.plotting import COLORS, DASHES, mean_std, new_figure, save_fig
 from shared_utils.runs import start_run, write_json
 from shared_utils.stats import mean_std as mean_and_std
 
-ACTIVATIONS = {"relu": ReLU, "sigmoid": Sigmoid, "tanh": Tanh}
 WARM_UP = 0.05  # of all updates
 RECORDS = 60  # times that the gradient norms are recorded in a run
-
-
-def build_mlp(hidden: list[int], activation: str, inputs: int, classes: int, init: str = "he", rng=None) -> Sequential:
-    """Flatten → (Linear → φ) for each width in `hidden` → Linear: (B, 1, H, W) → logits (B, K)."""
-    widths = [inputs, *hidden, classes]
-    layers = [Flatten()]
-    for fan_in, fan_out in itertools.pairwise(widths):
-        layers += [Linear(fan_in, fan_out, init, rng), ACTIVATIONS[activation]()]
-    return Sequential(*layers[:-1])  # the logits stay as they are
 
 
 def shifted(x: np.ndarray, pixels: int, rng: np.random.Generator) -> np.ndarray:

@@ -17,9 +17,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from numpy_nn.embedding import DIM, PATCH, batch_order, embedding_network, stepper
+from numpy_nn.embedding import batch_order, embedding_network, stepper
 from numpy_nn.inputs import Inputs, evaluate, load_inputs
-from numpy_nn.network import Sequential
+from numpy_nn.twin import torch_twin
 from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main
 from shared_utils.plotting import COLORS, DASHES, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -37,32 +37,6 @@ def build_parser():
     parser.add_argument("--lr", type=positive_float, default=0.1, help="learning rate")
     parser.add_argument("--every", type=positive_int, default=250, help="updates between two looks at validation")
     return parser
-
-
-class ChannelsLast(torch.nn.Module):
-    """(N, C, H, W) → (N, H, W, C): the order in which our patch embedding gives its numbers."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.permute(0, 2, 3, 1)
-
-
-def torch_twin(network: Sequential) -> torch.nn.Sequential:
-    """The same network in PyTorch, with copies of the same weights."""
-    embedding, _, _, linear = network.layers
-    dtype = torch.float64 if embedding.dtype == np.float64 else torch.float32
-    twin = torch.nn.Sequential(
-        torch.nn.Conv2d(1, DIM, PATCH, stride=PATCH),
-        torch.nn.ReLU(),
-        ChannelsLast(),
-        torch.nn.Flatten(),
-        torch.nn.Linear(*linear.params["W"].shape),
-    ).to(dtype)
-    with torch.no_grad():
-        twin[0].weight.copy_(torch.from_numpy(embedding.params["W"].T.reshape(DIM, 1, PATCH, PATCH)))
-        twin[0].bias.copy_(torch.from_numpy(embedding.params["b"]))
-        twin[4].weight.copy_(torch.from_numpy(linear.params["W"].T))
-        twin[4].bias.copy_(torch.from_numpy(linear.params["b"]))
-    return twin
 
 
 def torch_stepper(network: torch.nn.Module, x: np.ndarray, y: np.ndarray, lr: float) -> Callable:

@@ -13,8 +13,9 @@ from numpy_nn.activations import ReLU
 from numpy_nn.compare_optimizers import OPTIMIZERS, SURFACES, TOYS, choose, descend
 from numpy_nn.conv import AvgPool2d, Conv2d
 from numpy_nn.layers import Flatten, Linear
+from numpy_nn.mlp import build_mlp
 from numpy_nn.network import Sequential
-from numpy_nn.train_mlp import build_mlp, shifted
+from numpy_nn.train_mlp import shifted
 from shared_utils.cli import UserError, run_main
 from shared_utils.runs import ROOT
 

@@ -6,7 +6,8 @@ import pytest
 from numpy_nn import failure_modes, train_mnist_numpy, train_numpy_vs_torch
 from numpy_nn.cnn import build_network, random_affine
 from numpy_nn.embedding import batch_order, embedding_network, stepper
-from numpy_nn.train_numpy_vs_torch import torch_stepper, torch_twin
+from numpy_nn.train_numpy_vs_torch import torch_stepper
+from numpy_nn.twin import torch_twin
 from shared_utils.checkpoint import load_arrays
 from shared_utils.cli import UserError, run_main
 from shared_utils.runs import ROOT, Run
