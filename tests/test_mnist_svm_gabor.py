@@ -14,10 +14,6 @@ from mnist_svm_gabor.protocol import Grid, choose_and_fit, folds
 from mnist_svm_gabor.svm import choose_svm, fit_svm
 from shared_utils.cli import UserError
 from shared_utils.data import load_images
-from shared_utils.runs import ROOT
-
-REAL = ROOT / "data"
-needs_mnist = pytest.mark.skipif(not (REAL / "MNIST/raw").is_dir(), reason="data/ holds no MNIST")
 
 
 def grating(size, f, theta, phase=0.0):
