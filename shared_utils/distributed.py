@@ -55,6 +55,7 @@ def process_group(device: str = "auto") -> Iterator[World]:
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), chosen)
+        dist.barrier()  # none leaves while another still needs it
     finally:
         dist.destroy_process_group()
 
