@@ -1,0 +1,206 @@
+"""Train a variational autoencoder on binarised 14×14 digits: how high a bound on their likelihood does it reach?
+
+    python vae/train.py
+    python vae/train.py --z-dim 2 --out runs/vae/train_z2
+    python vae/train.py --schedule constant --lr 0.001 --epochs 100 --out runs/vae/train_plain
+
+196 → 128 (tanh) → mean and log-variance of 8 latents; 8 → 128 (tanh) → 196 logits. Each update raises the ELBO of a
+batch (model.py has the equations), its reconstruction term a mean over `--samples` draws of the latent:
+
+    L(x) = E_q(z|x) [log p(x|z)] − KL(q(z|x) ‖ N(0, I))
+
+The learning rate follows one cycle: it rises to `--lr` along half a cosine and falls to zero along another. Every 100
+updates the bound is taken on the validation images, and the best weights so far are kept; the test images are read once,
+at the end.
+
+Writes elbo_terms.png, train_vs_val_ll.png, best.pth, last.pth, terms.npz, history.csv, metrics.json.
+With --resume a run that was stopped goes on from last.pth and ends with the same weights.
+Sources: Kingma and Welling 2014; Smith 2018 for the cycle.
+Shapes: B batch, N images, 196 pixels, d latents; all terms in nats per image.
+"""
+
+import math
+import time
+
+import numpy as np
+import torch
+
+from shared_utils import checkpoint
+from shared_utils.cli import make_parser, positive_float, positive_int, run_main
+from shared_utils.data import minibatches
+from shared_utils.device import pick_device
+from shared_utils.plotting import curves, new_figure, save_figure
+from shared_utils.runs import Run, check_finite, start_run
+from shared_utils.seeding import seed_everything
+from vae.inputs import add_data_flags, load_binary
+from vae.model import VAE, mean_terms
+
+VALIDATE_EVERY = 100  # updates
+SAVE_EVERY = 2000  # updates, at least: a checkpoint is written between epochs
+EVAL_SAMPLES = 20  # draws for each validation or test image
+RISE = 0.25  # part of all updates in which the learning rate rises
+
+
+def learning_rate(step: int, updates: int, peak: float, schedule: str) -> float:
+    """The rate of update `step` (from 0) of `updates`: constant, or one cycle from near 0 to `peak` and back."""
+    if schedule == "constant":
+        return peak
+    rise = RISE * updates
+    at = (step + 1) / rise if step < rise else 1 + (step - rise) / (updates - rise)  # 0 … 1 up, 1 … 2 down
+    return peak * (1 - math.cos(math.pi * min(at, 2))) / 2
+
+
+def build_parser():
+    """The command line."""
+    parser = make_parser(__doc__, quick={"epochs": 30, "per_class": 100})
+    add_data_flags(parser)
+    parser.add_argument("--z-dim", type=positive_int, default=8, help="latents")
+    parser.add_argument("--hidden", type=positive_int, default=128, help="hidden units of encoder and decoder")
+    parser.add_argument("--epochs", type=positive_int, default=480, help="passes over the training images")
+    parser.add_argument("--batch-size", type=positive_int, default=100, help="images per update")
+    parser.add_argument("--samples", type=positive_int, default=2, help="draws of the latent for each image")
+    parser.add_argument("--lr", type=positive_float, default=6e-3, help="the highest learning rate")
+    parser.add_argument("--schedule", choices=("onecycle", "constant"), default="onecycle", help="of the learning rate")
+    parser.add_argument("--resume", action="store_true", help="go on from last.pth")
+    return parser
+
+
+def main(argv=None) -> dict:
+    """Train, choose on validation, test once; returns the metrics."""
+    args = build_parser().parse_args(argv)
+    device = pick_device(args.device)
+    data = load_binary(args)
+    run = start_run(args)
+    rng = seed_everything(args.seed)
+    x_train, x_val = (torch.from_numpy(x).to(device) for x in (data.x_train, data.x_val))  # (N, 196) each
+    model = VAE(x_train.shape[1], args.hidden, args.z_dim).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    per_epoch = math.ceil(len(x_train) / args.batch_size)
+    updates = args.epochs * per_epoch
+    terms = np.zeros((updates, 2))  # reconstruction and KL of every update's batch
+    step, best, saved, seconds = 0, {"val_elbo": -math.inf}, 0, 0.0
+
+    if args.resume and run.path("last.pth").exists():
+        state = checkpoint.load(run.path("last.pth"), device=device, expect=model.config)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore_random_states(state, rng)
+        step, best, seconds = state["step"], state["best"], state["seconds"]
+        terms[:step] = state["terms"].numpy()
+        run.rewind(state["rows"])
+        saved = step
+
+    while step < updates:
+        started = time.perf_counter()
+        for batch in minibatches(len(x_train), args.batch_size, rng):
+            lr = learning_rate(step, updates, args.lr, args.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            x = x_train[torch.from_numpy(batch).to(device)]  # (B, 196)
+            reconstruction, kl = model.elbo_terms(x, args.samples)  # (B,) each
+            loss = (kl - reconstruction).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            check_finite(loss.item(), step, lr)
+            terms[step] = reconstruction.mean().item(), kl.mean().item()
+            step += 1
+            if step % VALIDATE_EVERY == 0 or step == updates:
+                since = step - 1 - (step - 1) % VALIDATE_EVERY
+                best = validate(model, x_val, step, lr, terms[since:step], best, run)
+        seconds += time.perf_counter() - started
+        if step - saved >= SAVE_EVERY or step == updates:
+            saved = step
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best}
+            state |= {"terms": torch.from_numpy(terms[:step]), "rows": len(run.history()), "seconds": seconds}
+            checkpoint.save(run.path("last.pth"), rng=rng, config=model.config, **state)
+            checkpoint.save(run.path("best.pth"), config=model.config, model=best["model"], step=best["step"])
+
+    x_test = torch.from_numpy(data.x_test).to(device)
+    reconstruction, kl = mean_terms(model, x_test, EVAL_SAMPLES)
+    last_elbo = reconstruction - kl
+    model.load_state_dict(best["model"])
+    reconstruction, kl = mean_terms(model, x_test, EVAL_SAMPLES)
+    checkpoint.save(run.path("best.pth"), config=model.config, model=best["model"], step=best["step"])
+    np.savez_compressed(run.path("terms.npz"), reconstruction=terms[:, 0], kl=terms[:, 1])
+
+    rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
+    about = f"{data.title}, {args.z_dim} latents"
+    save_figure(draw_terms(terms, about), run.path("elbo_terms.png"))
+    save_figure(draw_bounds(rows, best, reconstruction - kl, len(x_val), about), run.path("train_vs_val_ll.png"))
+    return run.finish(
+        {
+            "z_dim": args.z_dim,
+            "epochs": args.epochs,
+            "updates": updates,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "train_images": len(x_train),
+            "train_elbo_last_updates": rows[-1]["train_reconstruction"] - rows[-1]["train_kl"],
+            "val_elbo": best["val_elbo"],
+            "best_step": best["step"],
+            "test_elbo": reconstruction - kl,
+            "test_reconstruction": reconstruction,
+            "test_kl": kl,
+            "test_elbo_of_the_last_weights": last_elbo,
+            "training_seconds": seconds,
+        }
+    )
+
+
+def validate(model: VAE, x_val: torch.Tensor, step: int, lr: float, terms: np.ndarray, best: dict, run: Run) -> dict:
+    """Log the bound on the validation images beside the mean of the last updates' `terms` (n, 2).
+
+    Returns the best weights so far: {"val_elbo", "step", "model"}.
+    """
+    reconstruction, kl = mean_terms(model, x_val, EVAL_SAMPLES)
+    means = dict(zip(("train_reconstruction", "train_kl"), terms.mean(0).tolist(), strict=True))
+    run.log(step=step, lr=lr, **means, val_reconstruction=reconstruction, val_kl=kl)
+    if reconstruction - kl <= best["val_elbo"]:
+        return best
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    return {"val_elbo": reconstruction - kl, "step": step, "model": weights}
+
+
+def draw_terms(terms: np.ndarray, about: str):
+    """Reconstruction and KL of every update's batch, (updates, 2), each with its mean over neighbouring updates."""
+    figure, axes = new_figure(1, 2, width=10.5, height=4.4)
+    step = np.arange(1, len(terms) + 1)
+    first, end = (step / 1.1).astype(int), np.minimum((step * 1.1).astype(int) + 1, len(terms))
+    sums = np.concatenate([np.zeros((1, 2)), terms.cumsum(0)])
+    means = (sums[end] - sums[first]) / (end - first)[:, None]  # (updates, 2)
+    names = ("reconstruction E log p(x|z)", "KL(q(z|x) ‖ p(z))")
+    for ax, name, values, mean in zip(axes[0], names, terms.T, means.T, strict=True):
+        ax.plot(step, values, color="#BBBBBB", linewidth=0.6, label="each update's batch")
+        ax.plot(step, mean, label="mean over ±10 % of the updates")
+        ax.set(xscale="log", xlabel="updates", ylabel="nats per image", title=name)
+        ax.legend(loc="lower right")
+    paid = f"{means[-1, 1]:.1f} nats of KL pay for a reconstruction of {means[-1, 0]:.1f}"
+    figure.suptitle(f"{about}\n{paid}: an ELBO of {means[-1, 0] - means[-1, 1]:.1f} on training batches")
+    return figure
+
+
+def draw_bounds(rows: list[dict[str, float]], best: dict, test_elbo: float, n_val: int, about: str):
+    """The ELBO of training batches and of the validation images against updates, and the best weights' on the test."""
+    figure, axes = new_figure(width=7.6, height=4.6)
+    ax = axes[0, 0]
+    step = [row["step"] for row in rows]
+    train, val = ([row[f"{part}_reconstruction"] - row[f"{part}_kl"] for row in rows] for part in ("train", "val"))
+    curves(
+        ax,
+        {"training images, as they go": (step, train), f"{n_val} validation images": (step, val)},
+        xlabel="updates",
+        ylabel="ELBO (nats per image)",
+    )
+    ax.axhline(
+        test_elbo, color="black", linewidth=1, linestyle=":", label=f"test images, best weights: {test_elbo:.2f}"
+    )
+    ax.plot(best["step"], best["val_elbo"], "k^", label=f"best on validation: {best['val_elbo']:.2f}")
+    top = max(*train, *val, test_elbo)
+    ax.set_ylim(max(min(train + val), top - 12), top + 0.5)
+    ax.legend(loc="lower right")
+    figure.suptitle(f"{about}\nat the end {train[-1]:.1f} on training images, {test_elbo:.1f} on those never seen")
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(main, build_parser)
