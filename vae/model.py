@@ -15,7 +15,7 @@ w_j = p(x|z_j) p(z_j) / q(z_j|x) in place of one gives a bound that grows with k
 
     log p(x) ≥ E log (1/k) Σ_j w_j ≥ ELBO
 
-Gradients pass through the draw because it is written as z = mu + exp(log_var / 2) ε with ε ~ N(0, I) (`reparameterize`).
+Gradients pass through the draw as z = mu + exp(log_var / 2) ε with ε ~ N(0, I) (`reparameterize`).
 
 Everything is in nats per image: summed over its pixels and latents, never a mean over them (`kl_scaling.py` shows why).
 Sources: Kingma and Welling 2014; Burda, Grosse and Salakhutdinov 2016.

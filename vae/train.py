@@ -10,8 +10,8 @@ batch (model.py has the equations), its reconstruction term a mean over `--sampl
     L(x) = E_q(z|x) [log p(x|z)] − KL(q(z|x) ‖ N(0, I))
 
 The learning rate follows one cycle: it rises to `--lr` along half a cosine and falls to zero along another. Every 100
-updates the bound is taken on the validation images, and the best weights so far are kept; the test images are read once,
-at the end.
+updates the bound is taken on the validation images, and the best weights so far are kept; the test images are read
+once, at the end.
 
 Writes elbo_terms.png, train_vs_val_ll.png, best.pth, last.pth, terms.npz, history.csv, metrics.json.
 With --resume a run that was stopped goes on from last.pth and ends with the same weights.
