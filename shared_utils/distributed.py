@@ -11,6 +11,8 @@ as one process would. That holds for what is computed image by image. BatchNorm 
 to be drawn for the whole batch and then sharded, for all ranks draw the same.
 """
 
+import atexit
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +60,9 @@ def process_group(device: str = "auto") -> Iterator[World]:
         dist.barrier()  # none leaves while another still needs it
     finally:
         dist.destroy_process_group()
+        # What still holds the group (DDP, in reference cycles) must let go of it while Python is whole: gloo's threads
+        # may need the interpreter to end, and abort the process when it is gone.
+        atexit.register(gc.collect)
 
 
 def shard(batch: np.ndarray, world: World) -> np.ndarray:

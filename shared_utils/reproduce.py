@@ -9,8 +9,8 @@ Each experiment folder declares its runs in `experiment.json`, in the order in w
         {"name": "train", "script": "train.py", "args": ["--epochs", "3"], "minutes": 2,
          "headline": "{test_accuracy:.2%}"}]}
 
-`name` is the run's folder; where it differs from the script's own name, `--out` is passed. `quick` may hold other
-arguments for the quick run. `first_page` puts the run into the first README's table. `minutes` is what the full run
+`name` is the run's folder; where it differs from the script's own name, `--out` is passed. `{runs}` in an argument is
+the folder of all runs. `quick` may hold other arguments for the quick run. `first_page` puts the run into the first README's table. `minutes` is what the full run
 takes on two cores, `headline` a format string over metrics.json. One process serves a folder, so that PyTorch is loaded
 once; a failure ends that run alone.
 
@@ -55,6 +55,7 @@ class Declared:
         """The flags of this run, below `runs_dir`."""
         out = [] if self.name == Path(self.script).stem else ["--out", str(self.folder(runs_dir))]
         args = [*self.quick_args, "--quick"] if quick else self.args
+        args = [arg.replace("{runs}", str(runs_dir)) for arg in args]
         usual = runs_dir == Path("runs/quick" if quick else "runs")
         return [*args, *([] if usual else ["--runs-dir", str(runs_dir)]), *out]
 

@@ -167,14 +167,18 @@ def test_shards_are_disjoint_complete_and_of_one_length():
 TWO_PROCESSES = """
 import numpy as np, torch, sys
 from shared_utils.distributed import process_group, shard, wrap
-with process_group("cpu") as world:
-    torch.manual_seed(0)
-    x, y = torch.randn(8, 5), torch.randn(8, 1)
-    model = wrap(torch.nn.Linear(5, 1), world)
-    part = shard(np.arange(8), world)
-    ((model(x[part]) - y[part]) ** 2).mean().backward()
-    if world.is_main:
-        np.save(sys.argv[1], np.concatenate([p.grad.numpy().ravel() for p in model.parameters()]))
+
+def main():  # the wrapped model goes with the function: left to the interpreter's end it aborts now and then
+    with process_group("cpu") as world:
+        torch.manual_seed(0)
+        x, y = torch.randn(8, 5), torch.randn(8, 1)
+        model = wrap(torch.nn.Linear(5, 1), world)
+        part = shard(np.arange(8), world)
+        ((model(x[part]) - y[part]) ** 2).mean().backward()
+        if world.is_main:
+            np.save(sys.argv[1], np.concatenate([p.grad.numpy().ravel() for p in model.parameters()]))
+
+main()
 """
 
 
@@ -187,5 +191,6 @@ def test_torchrun_gives_the_gradient_of_one_process(tmp_path):
         env["GLOO_SOCKET_IFNAME"] = "lo"  # the host name may lead nowhere
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     subprocess.run([sys.executable, str(script), str(tmp_path / "1.npy")], check=True, env=env)
-    subprocess.run([*torchrun, str(script), str(tmp_path / "2.npy")], check=True, env=env, capture_output=True)
+    ended = subprocess.run([*torchrun, script, tmp_path / "2.npy"], env=env, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
     np.testing.assert_allclose(np.load(tmp_path / "2.npy"), np.load(tmp_path / "1.npy"), rtol=1e-6)

@@ -22,6 +22,7 @@ Sources: Kingma and Welling 2014; Burda, Grosse and Salakhutdinov 2016.
 Shapes: B images, S or k samples of the latent for each, d latents, D pixels.
 """
 
+import argparse
 import math
 from pathlib import Path
 
@@ -31,6 +32,8 @@ from torch import Tensor, nn
 
 from shared_utils import checkpoint
 from shared_utils.cli import UserError
+from shared_utils.runs import find_output
+from vae.inputs import SIDE
 
 ROWS = 2000  # decoded at once by `iwae_bound`: their logits stay in the processor's cache
 
@@ -62,6 +65,7 @@ class VAE(nn.Module):
     def __init__(self, x_dim: int = 196, hidden: int = 128, z_dim: int = 8):
         super().__init__()
         self.config = {"x_dim": x_dim, "hidden": hidden, "z_dim": z_dim}
+        self.trained_on = ""  # a data set's title, for figures
         self.x_dim, self.z_dim = x_dim, z_dim
         self.encoder = nn.Sequential(nn.Linear(x_dim, hidden), nn.Tanh(), nn.Linear(hidden, 2 * z_dim))
         self.decoder = nn.Sequential(nn.Linear(z_dim, hidden), nn.Tanh(), nn.Linear(hidden, x_dim))
@@ -138,17 +142,18 @@ def mean_terms(model: VAE, x: Tensor, n_samples: int) -> tuple[float, float]:
     return reconstruction, kl
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu", **expect: int) -> VAE:
-    """The model in a checkpoint of `train.py`, in evaluation mode.
+def load_model(args: argparse.Namespace, device: torch.device) -> VAE:
+    """The model in `--ckpt`, by default train.py's best, in evaluation mode.
 
-    expect: what it must have been built with (`z_dim=2`). Errors: `UserError` in one line when the file is missing,
-    damaged, no VAE of ours, or of another size.
+    Errors: `UserError` in one line when the file is missing, damaged, of another image size, or no VAE of ours.
     """
-    state = checkpoint.load(path, device=device, expect=expect)
+    path = Path(args.ckpt) if args.ckpt else find_output(args, "train", "best.pth")
+    state = checkpoint.load(path, device=device, expect={"x_dim": SIDE * SIDE})
     try:
         model = VAE(**state["config"])
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path} holds no VAE that train.py wrote: {reason}") from None
+    model.trained_on = state.get("title", "")
     return model.to(device).eval()

@@ -1,0 +1,188 @@
+"""What happens to a VAE when its two terms are reduced wrongly: a mean for a sum, over pixels, latents or the batch?
+
+    python vae/kl_scaling.py
+
+With bce (B, D) = −log p(x_i|z) of each pixel and kl (B, d) of each latent, the bound asks for sums over D and d, as
+the likelihood of an image is the product over its pixels; over the images of a batch it takes the mean. Whatever is
+reduced otherwise weights the KL against the reconstruction, up to a common factor:
+
+    loss = scale · mean over the batch of (β · KL − reconstruction)
+
+`F.binary_cross_entropy_with_logits`, a mean by default, beside a summed KL is β = D: 196 times the KL. Each reduction
+here is trained from the same weights with the same batches and noise, then measured with the right terms on the test
+images. That its gradient is `scale` times that of β · KL − reconstruction is measured too, on the first batch. Adam
+divides the scale out (its ε apart); plain gradient descent would take steps `scale` times as long.
+
+Writes kl_scaling.png, history.csv, metrics.json.
+Sources: Kingma and Welling 2014; Higgins et al. 2017 for β.
+Shapes: B batch, D pixels, d latents; all terms in nats per image.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared_utils.cli import make_parser, positive_int, run_main
+from shared_utils.device import pick_device
+from shared_utils.plotting import COLORS, new_figure, save_figure
+from shared_utils.runs import start_run
+from vae.fitting import (
+    SHOWN,
+    Loss,
+    add_fit_flags,
+    draw_pictures,
+    fit,
+    measure,
+    new_model,
+    picture_row,
+    pictures,
+    shown_images,
+)
+from vae.inputs import add_data_flags, load_binary
+from vae.model import VAE
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A way to reduce the two terms: what it is, as it is written, the loss, and the β and scale that it amounts to."""
+
+    name: str
+    code: str
+    loss: Loss
+    beta: float
+    scale: float
+
+
+def reductions(B: int, D: int, d: int) -> list[Reduction]:
+    """The right one first, for batches of B images of D pixels and d latents. The losses take the terms of the bound,
+
+    r = reconstruction (B,) summed over pixels and kl (B,) summed over latents, in which bce.mean() is −r.mean() / D.
+    """
+    return [
+        Reduction("right", "bce.sum(1).mean() + kl.sum(1).mean()", lambda r, kl: (kl - r).mean(), 1, 1),
+        Reduction("all summed", "bce.sum() + kl.sum()", lambda r, kl: (kl - r).sum(), 1, B),
+        Reduction(
+            "KL without its ½", "bce.sum(1).mean() + 2 * kl.sum(1).mean()", lambda r, kl: (2 * kl - r).mean(), 2, 1
+        ),
+        Reduction(
+            "both: means over pixels, latents", "bce.mean() + kl.mean()", lambda r, kl: (kl / d - r / D).mean(), D / d, 1 / D
+        ),
+        Reduction(
+            "pixels: mean", "bce.mean() + kl.sum(1).mean()", lambda r, kl: (kl - r / D).mean(), D, 1 / D
+        ),
+        Reduction(
+            "pixels: mean; KL: sum over the batch", "bce.mean() + kl.sum()", lambda r, kl: kl.sum() - r.mean() / D, B * D, 1 / D
+        ),
+        Reduction("latents: mean", "bce.sum(1).mean() + kl.mean()", lambda r, kl: (kl / d - r).mean(), 1 / d, 1),
+        Reduction(
+            "latents: mean; pixels: sum over the batch", "bce.sum() + kl.mean()", lambda r, kl: kl.mean() / d - r.sum(), 1 / (B * d), B
+        ),
+    ]  # fmt: skip
+
+
+def flat_gradient(model: VAE, x: Tensor, loss: Loss) -> Tensor:
+    """The gradient of `loss` on the images x (B, D) as one vector (parameters,); the same noise at every call."""
+    torch.manual_seed(0)
+    gradients = torch.autograd.grad(loss(*model.elbo_terms(x)), list(model.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def compare_gradients(model: VAE, x: Tensor, reduction: Reduction) -> tuple[float, float]:
+    """The reduction's gradient on x (B, D) beside that of β · KL − reconstruction: (cosine, ratio of lengths).
+
+    In float64, so that a cosine of 1 is one but for rounding.
+    """
+    model, x = copy.deepcopy(model).cpu().double(), x.cpu().double()
+    written = flat_gradient(model, x, reduction.loss)
+    weighted = flat_gradient(model, x, lambda r, kl: (reduction.beta * kl - r).mean())
+    return float(written @ weighted / (written.norm() * weighted.norm())), float(written.norm() / weighted.norm())
+
+
+def build_parser():
+    """The command line."""
+    parser = make_parser(__doc__, quick={"epochs": 12, "per_class": 100, "batch_size": 50})
+    add_data_flags(parser)
+    parser.add_argument("--z-dim", type=positive_int, default=8, help="latents")
+    add_fit_flags(parser, epochs=120)
+    return parser
+
+
+def main(argv=None) -> dict:
+    """Train with every reduction and measure each alike; returns the metrics."""
+    args = build_parser().parse_args(argv)
+    device = pick_device(args.device)
+    data = load_binary(args)
+    run = start_run(args)
+    x_train, x_test = (torch.from_numpy(x).to(device) for x in (data.x_train, data.x_test))  # (N, 196) each
+    digits = shown_images(x_test, data.y_test)
+    rows, shown = [], [picture_row(x_test[-SHOWN:], digits)]
+    for reduction in reductions(min(args.batch_size, len(x_train)), x_train.shape[1], args.z_dim):
+        model, rng = new_model([args.seed], x_train.shape[1], args.hidden, args.z_dim, device)
+        cosine, ratio = compare_gradients(model, x_train[: args.batch_size], reduction)
+        model, rng = new_model([args.seed], x_train.shape[1], args.hidden, args.z_dim, device)
+        settings = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "samples": args.samples}
+        seconds = fit(model, x_train, reduction.loss, rng=rng, **settings)
+        row = {"name": reduction.name, "code": reduction.code, "beta": reduction.beta, "scale": reduction.scale}
+        row |= {"cosine": cosine, "measured_scale": ratio, **measure(model, x_test), "training_seconds": seconds}
+        run.log(**row)
+        rows.append(row)
+        shown.append(pictures(model, digits, args.seed))
+    save_figure(draw(rows, shown, args.z_dim, data.title), run.path("kl_scaling.png"))
+    right, *others = rows
+    changes = [row["elbo"] - right["elbo"] for row in others if row["beta"] != 1]
+    return run.finish(
+        {
+            "z_dim": args.z_dim,
+            "elbo_right": right["elbo"],
+            "elbo_all_summed": others[0]["elbo"],
+            "elbo_worst": right["elbo"] + min(changes),
+            "least_loss": -max(changes),
+            "largest_loss": -min(changes),
+            "least_cosine": min(row["cosine"] for row in rows),
+            "reductions": rows,
+        }
+    )
+
+
+def draw(rows: list[dict], shown: list[np.ndarray], z_dim: int, title: str):
+    """A line for each reduction, by its β: its terms, its bound, its active latents, what it draws."""
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["beta"])
+    rows = [rows[i] for i in order]
+    ratios = {"width_ratios": [1.5, 1.5, 0.8, 8]}
+    figure, axes = new_figure(1, 4, width=15.5, height=5.6, gridspec_kw=ratios)
+    terms, bound, active, images = axes[0]
+    at = draw_pictures(images, [shown[0], *(shown[i + 1] for i in order)])
+    images.set_aspect("auto")  # as high as the panels beside it, whose lines it continues
+    images.set_title(f"{SHOWN} samples from the prior (first line: test images)      reconstructions of the first line")
+    y = at[1:]
+    terms.plot([-row["reconstruction"] for row in rows], y, "o", color=COLORS[0], label="−reconstruction")
+    terms.plot([row["kl"] for row in rows], y, "s", color=COLORS[1], label="KL")
+    bound.plot([row["elbo"] for row in rows], y, "D", color=COLORS[2])
+    for row, height in zip(rows, y, strict=True):
+        bound.annotate(f"{row['elbo']:.1f}", (row["elbo"], height), (0, 6), textcoords="offset points", ha="center")
+    active.barh(y, [row["active_units"] for row in rows], height=6, color=COLORS[0])
+    for ax in (terms, bound, active):
+        ax.set_ylim(images.get_ylim())
+        ax.set_yticks(y, [])
+    terms.set_yticks(y, [f"{row['name']}, β = {row['beta']:.4g}\n{row['code']}" for row in rows], fontsize=8)
+    terms.set(xlabel="nats per image", title="terms")
+    terms.legend(loc="upper left", fontsize=8, borderpad=0, handletextpad=0)
+    bound.set(xlabel="nats per image", title="ELBO")
+    bound.margins(x=0.25)
+    active.set(xlabel="latents", title="active", xlim=(0, z_dim))
+    right = next(row for row in rows if row["name"] == "right")
+    changes = [row["elbo"] - right["elbo"] for row in rows if row["beta"] != 1]
+    cosine = min(row["cosine"] for row in rows)
+    figure.suptitle(
+        f"{title}, {z_dim} latents: every wrong reduction weights the KL by a β (cosine of the gradients ≥ {cosine:.10f})\n"
+        f"the right sums reach an ELBO of {right['elbo']:.1f} nats; the wrong ones change it by "
+        f"{min(changes):.1f} … {max(changes):+.1f}"
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(main, build_parser)
