@@ -12,7 +12,7 @@ from shared_utils.cli import ExperimentParser, UserError, positive_int
 from shared_utils.data import Images, binarize, downsample, load_images, per_class, train_val_split
 
 SIDE = 14
-STAND_INS = ("digits", "shapes")
+STAND_IN = "digits"
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ def load_binary(args) -> Inputs:
     train, val = train_val_split(images, args.val_size)
     fewest = int(np.bincount(train.y, minlength=len(train.classes)).min())
     wanted, title = args.per_class, images.title
-    if fewest < wanted and args.dataset in STAND_INS:
+    if fewest < wanted and args.dataset == STAND_IN:
         wanted = fewest
         title = f"{title}, {wanted} a class"
     try:
         train = per_class(train, wanted, np.random.default_rng(0))
     except UserError as error:
-        raise UserError(f"{error} (beside {args.val_size} for validation); try --per-class {fewest}") from None
+        hint = f"; try --per-class {fewest}" if fewest else ""
+        raise UserError(f"{error} (beside {args.val_size} for validation){hint}") from None
     return Inputs(
         binary_vectors(train), train.y, binary_vectors(val), binary_vectors(test), test.y, train.classes, title
     )
