@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from shared_utils.cli import make_parser, positive_int, run_main
-from shared_utils.device import pick_device
+from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
@@ -60,6 +60,7 @@ def gaussian_elbo(model: VAE, x: Tensor, mu: Tensor, log_var: Tensor, n_samples:
     return total / n_samples - kl_to_prior(mu, log_var)
 
 
+@cpu_threads(1)
 def best_gaussian(model: VAE, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Mean and log-variance, (N, d) each, that maximise each image's own ELBO, started from the encoder's."""
     model.requires_grad_(False)

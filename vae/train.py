@@ -28,7 +28,7 @@ import torch
 from shared_utils import checkpoint
 from shared_utils.cli import make_parser, non_negative_float, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
-from shared_utils.device import pick_device
+from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import curves, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.seeding import seed_everything
@@ -58,6 +58,7 @@ def build_parser():
     return parser
 
 
+@cpu_threads(1)
 def main(argv=None) -> dict:
     """Train, choose on validation, test once; returns the metrics."""
     args = build_parser().parse_args(argv)
