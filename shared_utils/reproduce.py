@@ -10,9 +10,9 @@ Each experiment folder declares its runs in `experiment.json`, in the order in w
          "headline": "{test_accuracy:.2%}"}]}
 
 `name` is the run's folder; where it differs from the script's own name, `--out` is passed. `{runs}` in an argument is
-the folder of all runs. `quick` may hold other arguments for the quick run. `first_page` puts the run into the first README's table. `minutes` is what the full run
-takes on two cores, `headline` a format string over metrics.json. One process serves a folder, so that PyTorch is loaded
-once; a failure ends that run alone.
+the folder of all runs. `quick` may hold other arguments for the quick run. `first_page` puts the run into the first
+README's table. `minutes` is what the full run takes on two cores, `headline` a format string over metrics.json. One
+process serves a folder, so that PyTorch is loaded once; a failure ends that run alone.
 
 Writes report.html, and each run's log.txt.
 """

@@ -76,6 +76,13 @@ def test_flags_of_a_declared_run(house, tmp_path):
     assert quick[-2:] == ["--out", str(tmp_path / "toy" / "wide")]
 
 
+def test_runs_in_an_argument_is_the_folder_of_all_runs(tmp_path):
+    flags = ("--ckpt", "{runs}/toy/train/best.pth")
+    run = reproduce.Declared("toy", "eval", "eval.py", flags, (), minutes=1, headline="", first_page=False)
+    assert run.argv(tmp_path, quick=False)[:2] == ["--ckpt", f"{tmp_path}/toy/train/best.pth"]
+    assert "--ckpt" not in run.argv(tmp_path, quick=True)
+
+
 def test_publishing_copies_metrics_and_figures_and_fills_the_readmes(house, tmp_path):
     finished_run(tmp_path / "runs" / "toy" / "train")
     assert publish.publish("toy", tmp_path / "runs") == ["train"]

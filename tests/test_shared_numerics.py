@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from shared_utils import gradcheck, plotting, runs, stats
+from shared_utils import device, gradcheck, plotting, runs, stats
 from shared_utils.cli import UserError
 from shared_utils.distributed import World, shard
 
@@ -180,6 +180,14 @@ def main():  # the wrapped model goes with the function: left to the interpreter
 
 main()
 """
+
+
+def test_cpu_threads_holds_inside_alone():
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), device.cpu_threads(1):
+        assert torch.get_num_threads() == 1
+        1 / 0  # noqa: B018
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.slow
