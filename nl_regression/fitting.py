@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nl_regression.model import EnsembleMLP
 from nl_regression.target import GRID, target
+from shared_utils.device import cpu_threads
 
 UPDATES_PER_EPOCH = 16
 OPTIMIZERS = ("sgd", "adam")
@@ -53,6 +54,7 @@ def epoch_batches(sizes: Sequence[int], batch_size: int, rngs: Sequence[np.rando
     return torch.from_numpy(at), torch.from_numpy(weights)
 
 
+@cpu_threads(1)
 def fit(
     model: EnsembleMLP,
     points: Sequence[np.ndarray],
@@ -63,7 +65,7 @@ def fit(
     optimizer: str = "adam",
     schedule: str = "cosine",
     batch_size: int = 64,
-    after_epoch: Callable[[int], None] | None = None,
+    after_epoch: Callable[[int, EnsembleMLP], None] | None = None,
 ) -> Fit:
     """Minimise every network's mean squared error on its own points: M arrays (n_i,) → what came of it.
 
@@ -101,7 +103,7 @@ def fit(
         first = step - UPDATES_PER_EPOCH + 1 + bad.argmax(0)
         diverged_at = np.where((diverged_at == 0) & bad.any(0), first, diverged_at)
         if after_epoch is not None:
-            after_epoch(epoch)
+            after_epoch(epoch, model)
     return Fit(*evaluate(model, points), diverged_at)
 
 

@@ -6,13 +6,14 @@ Layer l of all networks is one batched matrix product, (M, B, d) × (M, d, d′)
 the sum of their losses with respect to network i's weights is the gradient of loss i. Each draws its weights from a
 generator of its own, so that it is the same network whichever others are trained beside it.
 
-`raw` features are x itself. Fourier features (Tancik et al. 2020) are cos(2π b x), sin(2π b x) at `features` frequencies
+Raw features are x itself. Fourier features (Tancik et al. 2020) are cos(2π b x), sin(2π b x) at `features` frequencies
 b drawn from N(0, σ²): what is a fast oscillation in x is a smooth function of them.
 Shapes: M networks, B points, F features, d = width.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class EnsembleMLP(nn.Module):
             self.register_buffer("frequencies", torch.from_numpy(frequencies).to(dtype))
         sizes = [2 * features or 1, *[width] * depth, 1]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for fan_in, fan_out in pairwise(sizes):
             bound = 1 / math.sqrt(fan_in)  # PyTorch's default for nn.Linear, weights and biases alike
             draws = [rng.uniform(-bound, bound, (fan_in + 1, fan_out)) for rng in rngs]
             stacked = torch.from_numpy(np.stack(draws)).to(dtype)  # (M, fan_in + 1, fan_out)

@@ -190,11 +190,12 @@ def start_run(args: argparse.Namespace, *, writes: bool = True) -> Run:
     flags = json.loads(json.dumps(flags, default=_to_plain))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        known, resumes = (folder / "config.json").exists(), getattr(args, "resume", False)
+        if known and resumes:
+            _refuse_other_flags(flags, read_json(folder / "config.json")["flags"])
         lock = _lock(folder)
-        if (folder / "config.json").exists():
-            if getattr(args, "resume", False):
-                _refuse_other_flags(flags, read_json(folder / "config.json")["flags"])
-            else:
+        if known:
+            if not resumes:
                 for name in _OF_ONE_RUN:
                     (folder / name).unlink(missing_ok=True)
             for left in folder.glob(".*.*"):  # what a killed run was writing

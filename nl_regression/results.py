@@ -1,0 +1,64 @@
+"""What a sweep found about its networks: kept in one file as it goes, read by whoever compares.
+
+Shapes: M networks, G grid points.
+"""
+
+import csv
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from nl_regression.target import deltas
+from shared_utils.checkpoint import load_arrays, save_arrays
+from shared_utils.runs import replacing
+
+
+@dataclass(frozen=True)
+class Networks:
+    """M trained networks, sorted by n and trial: each an array (M,), `values` on the grid (M, G)."""
+
+    n: np.ndarray
+    trial: np.ndarray
+    train_mse: np.ndarray
+    diverged_at: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def load(cls, path: Path) -> "Networks":
+        """Read what `save` wrote. Errors: `UserError` in one line when the file is missing, damaged or another's."""
+        names = [field.name for field in fields(cls)]
+        found = load_arrays(path, names)
+        return cls(*(found[name] for name in names))
+
+    def save(self, path: Path) -> None:
+        """Write all arrays as one .npz."""
+        save_arrays(path, **{field.name: getattr(self, field.name) for field in fields(self)})
+
+    def __len__(self) -> int:
+        return len(self.n)
+
+    def __getitem__(self, index: np.ndarray) -> "Networks":
+        return Networks(*(getattr(self, field.name)[index] for field in fields(self)))
+
+    def joined(self, other: "Networks") -> "Networks":
+        """These and the others, sorted by n and trial."""
+        both = Networks(*(np.concatenate([getattr(part, f.name) for part in (self, other)]) for f in fields(self)))
+        return both[np.lexsort((both.trial, both.n))]
+
+    def of_size(self, n: int) -> "Networks":
+        """Those that saw n points."""
+        return self[self.n == n]
+
+    def sizes(self) -> list[int]:
+        """The numbers of points, rising."""
+        return np.unique(self.n).tolist()
+
+    def write_csv(self, path: Path) -> None:
+        """A line for each network: n, trial, train_mse, delta_in, delta_out, diverged_at (0: it did not)."""
+        delta_in, delta_out = deltas(self.values)
+        with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("n", "trial", "train_mse", "delta_in", "delta_out", "diverged_at"))
+            for row in zip(self.n, self.trial, self.train_mse, delta_in, delta_out, self.diverged_at, strict=True):
+                writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row)
