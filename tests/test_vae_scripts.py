@@ -20,7 +20,20 @@ from vae.model import VAE
 
 REAL = ROOT / "data"
 needs_mnist = pytest.mark.skipif(not (REAL / "MNIST/raw").is_dir(), reason="data/ holds no MNIST")
-TINY = ["--dataset", "digits", "--per-class", "20", "--epochs", "3", "--batch-size", "16", "--device", "cpu"]
+TINY = [
+    "--dataset",
+    "digits",
+    "--per-class",
+    "20",
+    "--val-size",
+    "100",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "16",
+    "--device",
+    "cpu",
+]
 
 
 def fails(module, flags, capsys):
@@ -157,7 +170,7 @@ def test_a_folder_with_too_few_of_a_class_is_refused_and_told_what_it_has(tmp_pa
 
 
 def test_a_stand_in_gives_what_it_has_and_says_so():
-    args = train.build_parser().parse_args(["--dataset", "digits", "--per-class", "1000"])
+    args = train.build_parser().parse_args(["--dataset", "digits", "--per-class", "1000", "--val-size", "100"])
     data = load_binary(args)
     counts = np.bincount(data.y_train)
     assert (counts == counts[0]).all()
@@ -172,7 +185,7 @@ def test_mnist_gives_a_thousand_of_each_class_and_the_same_ones_for_every_seed()
     )
     assert np.bincount(first.y_train).tolist() == [1000] * 10
     assert np.array_equal(first.x_train, second.x_train)
-    assert (first.x_train.shape, first.x_val.shape, first.x_test.shape) == ((10_000, 196), (100, 196), (10_000, 196))
+    assert (first.x_train.shape, first.x_val.shape, first.x_test.shape) == ((10_000, 196), (1000, 196), (10_000, 196))
     assert set(np.unique(first.x_train)) == {0, 1}
     train_set = {row.tobytes() for row in first.x_train}
     assert np.mean([row.tobytes() in train_set for row in first.x_val]) < 0.2  # a few 1s look alike when binarised

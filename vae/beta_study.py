@@ -41,7 +41,7 @@ from vae.inputs import add_data_flags, load_binary
 
 def build_parser():
     """The command line."""
-    quick = {"epochs": 15, "per_class": 100, "batch_size": 50, "betas": [0.1, 1, 10], "seeds": [0, 1]}
+    quick = {"epochs": 15, "per_class": 100, "val_size": 100, "batch_size": 50, "betas": [0.1, 1, 10], "seeds": [0, 1]}
     parser = make_parser(__doc__, quick=quick)
     add_data_flags(parser)
     betas = [0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 7, 10]

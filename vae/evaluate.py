@@ -137,7 +137,7 @@ def read_samples(
 
 def build_parser():
     """The command line."""
-    quick = {"per_class": 100, "k": 500, "images": 100, "mixture_sizes": [10, 20], "samples": 1000}
+    quick = {"per_class": 100, "val_size": 100, "k": 500, "images": 100, "mixture_sizes": [10, 20], "samples": 1000}
     parser = make_parser(__doc__, quick=quick)
     add_data_flags(parser)
     parser.add_argument("--ckpt", metavar="FILE", help="a model of train.py's (default: its best.pth)")

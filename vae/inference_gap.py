@@ -42,7 +42,7 @@ GRID = 121  # points of their plots along an axis
 
 def build_parser():
     """The command line."""
-    parser = make_parser(__doc__, quick={"per_class": 100, "images": 100, "steps": 100, "k": 500})
+    parser = make_parser(__doc__, quick={"per_class": 100, "val_size": 100, "images": 100, "steps": 100, "k": 500})
     add_data_flags(parser)
     parser.add_argument("--ckpt", metavar="FILE", help="a model of train.py's (default: its best.pth)")
     parser.add_argument("--images", type=positive_int, default=1000, help="training images, and as many test images")

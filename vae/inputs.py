@@ -31,7 +31,7 @@ class Inputs:
 def add_data_flags(parser: ExperimentParser) -> None:
     """The flags that `load_binary` reads."""
     parser.add_argument("--per-class", type=positive_int, default=1000, help="training images of each class")
-    parser.add_argument("--val-size", type=positive_int, default=100, help="images held out for validation")
+    parser.add_argument("--val-size", type=positive_int, default=1000, help="images held out for validation")
 
 
 def load_binary(args) -> Inputs:

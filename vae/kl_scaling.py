@@ -103,7 +103,7 @@ def compare_gradients(model: VAE, x: Tensor, reduction: Reduction) -> tuple[floa
 
 def build_parser():
     """The command line."""
-    parser = make_parser(__doc__, quick={"epochs": 12, "per_class": 100, "batch_size": 50})
+    parser = make_parser(__doc__, quick={"epochs": 12, "per_class": 100, "val_size": 100, "batch_size": 50})
     add_data_flags(parser)
     parser.add_argument("--z-dim", type=positive_int, default=8, help="latents")
     add_fit_flags(parser, epochs=120)

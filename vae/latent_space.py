@@ -40,7 +40,7 @@ POINTS = 2000  # drawn of the posterior means
 
 def build_parser():
     """The command line."""
-    parser = make_parser(__doc__, quick={"per_class": 100})
+    parser = make_parser(__doc__, quick={"per_class": 100, "val_size": 100})
     add_data_flags(parser)
     parser.add_argument("--ckpt", metavar="FILE", help="a model of train.py's (default: its best.pth)")
     parser.add_argument(

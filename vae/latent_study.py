@@ -26,7 +26,15 @@ from vae.model import VAE
 
 def build_parser():
     """The command line."""
-    quick = {"epochs": 15, "per_class": 100, "batch_size": 50, "z_dims": [1, 2, 8], "seeds": [0, 1], "k": 20}
+    quick = {
+        "epochs": 15,
+        "per_class": 100,
+        "val_size": 100,
+        "batch_size": 50,
+        "z_dims": [1, 2, 8],
+        "seeds": [0, 1],
+        "k": 20,
+    }
     parser = make_parser(__doc__, quick=quick)
     add_data_flags(parser)
     parser.add_argument("--z-dims", type=positive_int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="latents")

@@ -26,7 +26,7 @@ SAMPLES = 20  # draws for the ELBO of each image
 
 def build_parser():
     """The command line."""
-    parser = make_parser(__doc__, quick={"per_class": 100})
+    parser = make_parser(__doc__, quick={"per_class": 100, "val_size": 100})
     add_data_flags(parser)
     parser.add_argument("--ckpt", metavar="FILE", help="a model of train.py's (default: its best.pth)")
     parser.add_argument("--n", type=positive_int, default=8, help="images in each panel")

@@ -2,6 +2,7 @@
 
     python vae/train.py
     python vae/train.py --z-dim 2 --out runs/vae/train_z2
+    python vae/train.py --z-dim 2 --val-size 100 --out runs/vae/train_z2_val100
     python vae/train.py --schedule constant --lr 0.001 --epochs 100 --encoder-weight-decay 0 --out runs/vae/train_plain
 
 196 → 128 (tanh) → mean and log-variance of 8 latents; 8 → 128 (tanh) → 196 logits. Each update raises the ELBO of a
@@ -38,12 +39,12 @@ from vae.model import VAE, mean_terms
 
 VALIDATE_EVERY = 100  # updates
 SAVE_EVERY = 2000  # updates, at least: a checkpoint is written between epochs
-EVAL_SAMPLES = 20  # draws for each validation or test image
+VAL_SAMPLES, TEST_SAMPLES = 5, 20  # draws of the latent for each image
 
 
 def build_parser():
     """The command line."""
-    parser = make_parser(__doc__, quick={"epochs": 80, "per_class": 100})
+    parser = make_parser(__doc__, quick={"epochs": 80, "per_class": 100, "val_size": 100})
     add_data_flags(parser)
     parser.add_argument("--z-dim", type=positive_int, default=8, help="latents")
     parser.add_argument("--hidden", type=positive_int, default=128, help="hidden units of encoder and decoder")
@@ -115,10 +116,10 @@ def main(argv=None) -> dict:
             checkpoint.save(run.path("best.pth"), config=model.config, title=data.title, **best)
 
     x_test = torch.from_numpy(data.x_test).to(device)
-    reconstruction, kl = mean_terms(model, x_test, EVAL_SAMPLES)
+    reconstruction, kl = mean_terms(model, x_test, TEST_SAMPLES)
     last_elbo = reconstruction - kl
     model.load_state_dict(best["model"])
-    reconstruction, kl = mean_terms(model, x_test, EVAL_SAMPLES)
+    reconstruction, kl = mean_terms(model, x_test, TEST_SAMPLES)
     np.savez_compressed(run.path("terms.npz"), reconstruction=terms[:, 0], kl=terms[:, 1])
 
     rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
@@ -149,7 +150,7 @@ def validate(model: VAE, x_val: torch.Tensor, step: int, lr: float, terms: np.nd
 
     Returns the best weights so far: {"val_elbo", "step", "model"}.
     """
-    reconstruction, kl = mean_terms(model, x_val, EVAL_SAMPLES)
+    reconstruction, kl = mean_terms(model, x_val, VAL_SAMPLES)
     means = dict(zip(("train_reconstruction", "train_kl"), terms.mean(0).tolist(), strict=True))
     run.log(step=step, lr=lr, **means, val_reconstruction=reconstruction, val_kl=kl)
     if reconstruction - kl <= best["val_elbo"]:
