@@ -21,18 +21,16 @@ import numpy as np
 import torch
 
 from shared_utils.cli import make_parser, non_negative_int, positive_float, positive_int, run_main
-from shared_utils.device import pick_device
+from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, mean_std, new_figure, save_figure
 from shared_utils.runs import start_run
 from vae.fitting import (
-    SHOWN,
     add_fit_flags,
     draw_pictures,
     fit,
     measure,
+    model_pictures,
     new_model,
-    picture_row,
-    pictures,
     shown_images,
     summary,
 )
@@ -41,8 +39,8 @@ from vae.inputs import add_data_flags, load_binary
 
 def build_parser():
     """The command line."""
-    quick = {"epochs": 15, "per_class": 100, "val_size": 100, "batch_size": 50, "betas": [0.1, 1, 10], "seeds": [0, 1]}
-    parser = make_parser(__doc__, quick=quick)
+    small = {"epochs": 10, "per_class": 100, "val_size": 100, "batch_size": 50}
+    parser = make_parser(__doc__, quick={**small, "betas": [0.1, 1, 10], "seeds": [0, 1]})
     add_data_flags(parser)
     betas = [0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 7, 10]
     parser.add_argument("--betas", type=positive_float, nargs="+", default=betas, help="weights of the KL")
@@ -52,6 +50,7 @@ def build_parser():
     return parser
 
 
+@cpu_threads(1)
 def main(argv=None) -> dict:
     """Train a model for every β and seed, measure all alike; returns the metrics."""
     args = build_parser().parse_args(argv)
@@ -60,8 +59,8 @@ def main(argv=None) -> dict:
     run = start_run(args)
     x_train, x_test = (torch.from_numpy(x).to(device) for x in (data.x_train, data.x_test))  # (N, 196) each
     betas, seeds = sorted(set(args.betas)), list(dict.fromkeys(args.seeds))
-    digits = shown_images(x_test, data.y_test)
-    found, shown, training_seconds = {}, [picture_row(x_test[-SHOWN:], digits)], 0.0
+    to_reconstruct, first_row = shown_images(x_test, data.y_test)
+    found, shown, training_seconds = {}, [first_row], 0.0
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "samples": args.samples}
     for beta in betas:
         found[beta] = []
@@ -72,13 +71,16 @@ def main(argv=None) -> dict:
             run.log(beta=beta, seed=seed, **found[beta][-1], training_seconds=seconds)
             training_seconds += seconds
             if seed == seeds[0]:
-                shown.append(pictures(model, digits, args.seed))
+                shown.append(model_pictures(model, to_reconstruct, args.seed))
     table = {beta: summary(rows) for beta, rows in found.items()}
     outcome = findings(found, table, args.z_dim)
     about = f"{data.title}, {args.z_dim} latents, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     save_figure(draw_curves(found, outcome, args.z_dim, about), run.path("beta_study.png"))
     save_figure(draw_plane(found, table, outcome, about), run.path("rate_distortion.png"))
-    save_figure(draw_samples(table, shown, data.title, seeds[0]), run.path("samples_by_beta.png"))
+    save_figure(
+        draw_samples(found, shown, outcome, f"{data.title}, {args.z_dim} latents, seed {seeds[0]}"),
+        run.path("samples_by_beta.png"),
+    )
     rows = [{"beta": beta, **row} for beta, row in table.items()]
     return run.finish({**outcome, "seeds": seeds, "betas": rows, "training_seconds": training_seconds})
 
@@ -107,7 +109,7 @@ def ending(outcome: dict) -> str:
     """How the posterior ends, in words."""
     if outcome["collapsed_from_beta"] is not None:
         return f"no latent is active from β = {outcome['collapsed_from_beta']:g} on"
-    return f"at β = {outcome['largest_beta']:g} {outcome['active_units_at_the_largest_beta']:.1f} latents are active"
+    return f"at β = {outcome['largest_beta']:g} {outcome['active_units_at_the_largest_beta']:.3g} latents are active"
 
 
 def draw_curves(found: dict, outcome: dict, z_dim: int, about: str):
@@ -127,7 +129,7 @@ def draw_curves(found: dict, outcome: dict, z_dim: int, about: str):
         ax.set(title=name, ylabel="latents" if key == "active_units" else "nats per image", xscale="log")
         ax.set_xticks(betas, [f"{beta:g}" for beta in betas])
         ax.minorticks_off()
-        ax.legend()
+    axes[0, 0].legend(loc="upper left")
     for ax in axes[1]:
         ax.set_xlabel("β, the weight of the KL in training")
     axes[1, 1].set_ylim(-0.3, z_dim + 0.3)
@@ -160,16 +162,15 @@ def draw_plane(found: dict, table: dict, outcome: dict, about: str):
     return figure
 
 
-def draw_samples(table: dict, shown: list[np.ndarray], title: str, seed: int):
-    """A line of samples and reconstructions for each β, under one of test images."""
+def draw_samples(found: dict, shown: list[np.ndarray], outcome: dict, about: str):
+    """A row of samples and reconstructions for each β (the first seed's), under one of test images."""
     figure, axes = new_figure(width=10.5, height=0.56 * len(shown) + 1)
     ax = axes[0, 0]
     at = draw_pictures(ax, shown)
-    labels = ["test images", *(f"β = {beta:g}, ELBO {row['elbo']:.1f}" for beta, row in table.items())]
+    labels = ["", *(f"β = {beta:g}, ELBO {rows[0]['elbo']:.1f}" for beta, rows in found.items())]
     for height, label in zip(at, labels, strict=True):
         ax.text(-4, height, label, ha="right", va="center", fontsize=9)
-    ax.set_title(f"{SHOWN} samples from the prior (first line: test images)      reconstructions of the first line")
-    figure.suptitle(f"{title}, seed {seed}: what the decoder draws, by the β of its training")
+    figure.suptitle(f"{about}: what the decoder draws\n{ending(outcome)}")
     return figure
 
 

@@ -51,9 +51,9 @@ def one_cycle(step: int, updates: int, peak: float) -> float:
 
 
 def new_model(seed: Sequence[int], x_dim: int, hidden: int, z_dim: int, device) -> tuple[VAE, np.random.Generator]:
-    """A fresh model and the generator of its batches. All that is drawn from here on, PyTorch's noise too, is `seed`'s:
+    """A fresh model and the generator of its batches, both from `seed`; PyTorch's noise from here on is too.
 
-    models of one size and one seed start from the same weights and see the same batches and noise, whatever their loss.
+    Models of one size and one seed start from the same weights and see the same batches and noise, whatever their loss.
     """
     rng = np.random.default_rng(seed)
     torch.manual_seed(int(rng.integers(2**32)))
@@ -125,16 +125,21 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     return found
 
 
-def shown_images(x: Tensor, y: np.ndarray) -> Tensor:
-    """The images whose reconstructions are shown: the first one of each class, at most `SHOWN` of them: (≤ SHOWN, D)."""
-    return x[torch.from_numpy(np.unique(y, return_index=True)[1][:SHOWN]).to(x.device)]
+def shown_images(x: Tensor, y: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """The test images that are shown, of x (N, D) with the labels y (N,): (to be reconstructed, first row of pictures).
+
+    Reconstructed is the first image of each class, at most `SHOWN`: (≤ SHOWN, D). In the row others stand beside them.
+    """
+    first = torch.from_numpy(np.unique(y, return_index=True)[1][:SHOWN]).to(x.device)
+    others = torch.arange(-SHOWN, 0, device=x.device) % len(x)
+    return x[first], picture_row(x[others], x[first])
 
 
 @torch.no_grad()
-def pictures(model: VAE, x: Tensor, seed: int) -> np.ndarray:
-    """Probabilities of the pixels: `SHOWN` samples from the prior, a blank, the images x (N, D) by their posterior mean.
+def model_pictures(model: VAE, x: Tensor, seed: int) -> np.ndarray:
+    """A row of probabilities: `SHOWN` samples from the prior, and the images x (N, D) decoded from their means.
 
-    Returns (SHOWN + 1 + N, 14, 14). The same seed draws the same latents for every model of one size.
+    The same seed draws the same latents for every model of one size.
     """
     z = torch.randn(SHOWN, model.z_dim, generator=torch.Generator().manual_seed(seed)).to(x.device)
     return picture_row(model.decode(z).sigmoid(), model.decode(model.encode(x)[0]).sigmoid())
@@ -147,7 +152,12 @@ def picture_row(left: Tensor, right: Tensor) -> np.ndarray:
 
 
 def draw_pictures(ax: Axes, rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Draw rows of (M, 14, 14) below each other; returns the height of each row's middle on the axis, (rows,)."""
-    images = np.concatenate(rows)
-    image_grid(ax, images, len(rows[0]), vmin=0, vmax=1)
-    return np.arange(len(rows)) * (SIDE + 1) + (SIDE - 1) / 2
+    """Draw rows of `picture_row` below each other, the one of test images first.
+
+    Returns the height of each row's middle on the axis, (rows,).
+    """
+    image_grid(ax, np.concatenate(rows), len(rows[0]), vmin=0, vmax=1)
+    pitch, n_right = SIDE + 1, len(rows[0]) - SHOWN - 1
+    for middle, name in ((SHOWN / 2, "samples from the prior"), (SHOWN + 1 + n_right / 2, "reconstructions")):
+        ax.text(middle * pitch - 1, -2, f"test images; below: {name}", ha="center", va="bottom", fontsize=10)
+    return np.arange(len(rows)) * pitch + (SIDE - 1) / 2

@@ -5,7 +5,7 @@
 
 Models of 1 to 32 latents are trained with the same loss for the same time, and measured on the test images by the ELBO
 and by the tighter bound of k samples (IWAE). A latent that does not help costs nothing if its posterior is the prior:
-its KL is then 0, and it is not active (its posterior mean does not vary over images). So a size too large need not hurt.
+its KL is then 0, and it is not active (its posterior mean does not vary over images). A size too large need not hurt.
 
 Writes latent_study.png, history.csv, metrics.json.
 Source: Burda, Grosse and Salakhutdinov 2016, for the bound and the active latents.
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from shared_utils.cli import make_parser, non_negative_int, positive_int, run_main
-from shared_utils.device import pick_device
+from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import mean_std, new_figure, save_figure
 from shared_utils.runs import start_run
 from vae.fitting import add_fit_flags, fit, measure, new_model, summary
@@ -26,16 +26,8 @@ from vae.model import VAE
 
 def build_parser():
     """The command line."""
-    quick = {
-        "epochs": 15,
-        "per_class": 100,
-        "val_size": 100,
-        "batch_size": 50,
-        "z_dims": [1, 2, 8],
-        "seeds": [0, 1],
-        "k": 20,
-    }
-    parser = make_parser(__doc__, quick=quick)
+    small = {"epochs": 10, "per_class": 100, "val_size": 100, "batch_size": 50}
+    parser = make_parser(__doc__, quick={**small, "z_dims": [1, 2, 8], "seeds": [0, 1], "k": 20})
     add_data_flags(parser)
     parser.add_argument("--z-dims", type=positive_int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="latents")
     parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2], help="one model each per size")
@@ -50,6 +42,7 @@ def mean_iwae(model: VAE, x: torch.Tensor, k: int) -> float:
     return torch.cat([model.iwae_bound(part, k) for part in x.split(100)]).double().mean().item()
 
 
+@cpu_threads(1)
 def main(argv=None) -> dict:
     """Train a model for every size and seed, measure all alike; returns the metrics."""
     args = build_parser().parse_args(argv)
@@ -130,7 +123,7 @@ def draw(found: dict, outcome: dict, k: int, about: str):
         said = f"the bound is highest with {outcome['best_size']} latents ({outcome['best_iwae']:.2f} nats)"
     else:
         said = f"{outcome['enough']} latents are as good as {outcome['best_size']} ({outcome['best_iwae']:.2f} nats)"
-    used = f"of {outcome['largest_size']} latents {outcome['active_units_of_the_largest_size']:.1f} are active"
+    used = f"of {outcome['largest_size']} latents {outcome['active_units_of_the_largest_size']:.3g} are active"
     figure.suptitle(f"{about}\n{said}; {used}")
     return figure
 
