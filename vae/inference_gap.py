@@ -60,7 +60,6 @@ def gaussian_elbo(model: VAE, x: Tensor, mu: Tensor, log_var: Tensor, n_samples:
     return total / n_samples - kl_to_prior(mu, log_var)
 
 
-@cpu_threads(1)
 def best_gaussian(model: VAE, x: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Mean and log-variance, (N, d) each, that maximise each image's own ELBO, started from the encoder's."""
     model.requires_grad_(False)
@@ -88,6 +87,7 @@ def gaps(model: VAE, x: Tensor, steps: int, k: int) -> dict[str, np.ndarray]:
     return {name: value.double().cpu().numpy() for name, value in found.items()}
 
 
+@cpu_threads(1)
 def main(argv=None) -> dict:
     """Split the gap on training and on test images; returns the metrics."""
     args = build_parser().parse_args(argv)
