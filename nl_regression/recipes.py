@@ -27,7 +27,7 @@ RECIPES = {
         "schedule": "cosine",
         "epochs": 200,
     },
-    "reference": {"features": 0, "sigma": 5.0, "optimizer": "sgd", "lr": 1e-2, "schedule": "constant", "epochs": 500},
+    "reference": {"features": 0, "sigma": 10.0, "optimizer": "sgd", "lr": 1e-2, "schedule": "constant", "epochs": 500},
 }
 
 
