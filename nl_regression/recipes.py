@@ -21,13 +21,20 @@ from shared_utils.cli import ExperimentParser, non_negative_int, positive_float,
 RECIPES = {
     "interpolating": {
         "features": 64,
-        "sigma": 5.0,
+        "sigma": 10.0,
         "optimizer": "adam",
-        "lr": 1e-3,
+        "lr": 2e-3,
         "schedule": "cosine",
-        "epochs": 200,
+        "epochs": 100,
     },
-    "reference": {"features": 0, "sigma": 10.0, "optimizer": "sgd", "lr": 1e-2, "schedule": "constant", "epochs": 500},
+    "reference": {
+        "features": 0,
+        "sigma": 10.0,
+        "optimizer": "sgd",
+        "lr": 1e-2,
+        "schedule": "constant",
+        "epochs": 500,
+    },
 }
 
 
