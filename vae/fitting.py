@@ -46,8 +46,8 @@ def one_cycle(step: int, updates: int, peak: float) -> float:
     Source: Smith 2018.
     """
     rise = max(1.0, RISE * updates)
-    at = (step + 1) / rise if step < rise else 1 + (step - rise) / (updates - rise)  # 0 … 1 up, 1 … 2 down
-    return peak * (1 - math.cos(math.pi * min(at, 2))) / 2
+    at = min(1, (step + 1) / rise) if step < rise else 1 + (step - rise) / (updates - rise)  # 0 … 1 up, 1 … 2 down
+    return peak * (1 - math.cos(math.pi * at)) / 2
 
 
 def new_model(seed: Sequence[int], x_dim: int, hidden: int, z_dim: int, device) -> tuple[VAE, np.random.Generator]:

@@ -171,7 +171,7 @@ def draw_terms(terms: np.ndarray, about: str):
         ax.plot(step, values, color="#BBBBBB", linewidth=0.6, label="each update's batch")
         ax.plot(step, mean, label="mean over ±10 % of the updates")
         ax.set(xscale="log", xlabel="updates", ylabel="nats per image", title=name)
-        ax.legend(loc="lower right")
+        ax.legend(loc="upper left")
     paid = f"{means[-1, 1]:.1f} nats of KL pay for a reconstruction of {means[-1, 0]:.1f}"
     figure.suptitle(f"{about}\n{paid}: an ELBO of {means[-1, 0] - means[-1, 1]:.1f} on training batches")
     return figure
