@@ -3,6 +3,7 @@
 Their files and figures are covered by test_scripts.py, the model by test_vae.py.
 """
 
+import itertools
 import json
 
 import numpy as np
@@ -232,3 +233,16 @@ def test_the_default_run_reaches_its_bound(tmp_path):
     metrics = train.main(["--data-dir", str(REAL), "--out", str(tmp_path), "--epochs", "100"])
     assert metrics["test_elbo"] > -33.8
     assert json.loads((tmp_path / "metrics.json").read_text())["best_step"] > 0
+
+
+@pytest.mark.slow
+@needs_mnist
+def test_with_two_latents_the_bounds_of_a_trained_model_meet_the_exact_likelihood(tmp_path):
+    flags = ["--data-dir", str(REAL), "--runs-dir", str(tmp_path)]
+    train.main([*flags, "--z-dim", "2", "--epochs", "30"])
+    metrics = evaluate.main([*flags, "--images", "1000", "--mixture-sizes", "20", "--samples", "100"])
+    bounds = [metrics["test_elbo"], *metrics["iwae_by_k"].values(), metrics["test_exact"]]
+    assert all(lower <= upper + 0.01 for lower, upper in itertools.pairwise(bounds))
+    assert 0 <= metrics["exact_minus_iwae"] <= 0.02
+    assert metrics["exact_minus_elbo"] > 0.2
+    assert metrics["quadrature_change_at_half_the_points"] < 1e-3

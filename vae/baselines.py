@@ -153,14 +153,16 @@ class BernoulliMixture:
     def fit(self, x: np.ndarray, rng: np.random.Generator) -> "BernoulliMixture":
         """EM until an iteration raises the objective by less than `tolerance` nats per image. Returns itself.
 
-        Each component starts halfway between an image of its own, drawn by rng, and the average one.
+        Each component starts about halfway between an image of its own, drawn by rng, and the average one; not quite
+        halfway, as two components that start from equal images, and alike, would stay alike for ever.
         Errors: `UserError` when there are fewer images than components.
         """
         x = _checked(x)
         if self.components > len(x):
             raise UserError(f"a mixture of {self.components} components needs as many images, got {len(x)}")
         mean = _smoothed_mean(x)  # (D,)
-        self.p = (x[rng.permutation(len(x))[: self.components]] + mean) / 2  # (K, D)
+        images = x[rng.permutation(len(x))[: self.components]]  # (K, D)
+        self.p = mean + rng.uniform(0.25, 0.75, images.shape) * (images - mean)  # (K, D)
         self.log_weights = np.full(self.components, -np.log(self.components))
         self.log_likelihoods, self.objectives = [], []
         for _ in range(self.max_iterations):

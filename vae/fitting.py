@@ -26,9 +26,7 @@ EVAL_SAMPLES = 20  # draws of the latent for each image that is measured
 ACTIVE = 0.01  # variance of a posterior mean over images above which Burda et al. call a latent active
 SHOWN = 8  # samples, and reconstructions, in a row of pictures
 
-Loss = Callable[
-    [Tensor, Tensor], Tensor
-]  # reconstruction (B,), kl (B,) in nats per image → what is minimised, a scalar
+Loss = Callable[[Tensor, Tensor], Tensor]  # reconstruction (B,), kl (B,) → what is minimised
 
 
 def add_fit_flags(parser: ExperimentParser, epochs: int) -> None:

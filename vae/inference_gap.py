@@ -1,7 +1,7 @@
 """How much of the gap between ELBO and likelihood is the encoder's fault, and how much the Gaussian's?
 
     python vae/inference_gap.py
-    python vae/inference_gap.py --ckpt runs/vae/train_z2/best.pth --out runs/vae/inference_gap_z2
+    python vae/inference_gap.py --ckpt runs/vae/train_z2_long/best.pth --out runs/vae/inference_gap_z2
 
 The ELBO falls short of log p(x) by KL(q(z|x) ‖ p(z|x)), for two reasons. No Gaussian with independent latents is the
 true posterior; and the encoder does not even find the best one. With q* the Gaussian that maximises the ELBO of that

@@ -172,7 +172,7 @@ def draw(rows: list[dict], shown: list[np.ndarray], z_dim: int, title: str):
         ax.set_ylim(images.get_ylim())
         ax.set_yticks(y, [])
         ax.axhspan(*(y[[row["name"] for row in rows].index("right")] + np.array([-7, 7])), color="#E8F1F8", zorder=0)
-    terms.set_yticks(y, [f"{row['name']}, β = {row['beta']:.4g}\n{row['code']}" for row in rows], fontsize=8)
+    terms.set_yticks(y, [f"{row['name']}, β = {row['beta']:.5g}\n{row['code']}" for row in rows], fontsize=8)
     terms.set(xlabel="nats per image", title="terms")
     terms.legend(loc="upper left", fontsize=8, borderpad=0, handletextpad=0)
     bound.set(xlabel="nats per image", title="ELBO")

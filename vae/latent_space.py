@@ -1,7 +1,7 @@
 """What lies where in the latent space, and which of its dimensions does the autoencoder use?
 
     python vae/latent_space.py
-    python vae/latent_space.py --ckpt runs/vae/train_z2/best.pth --out runs/vae/latent_space_z2
+    python vae/latent_space.py --ckpt runs/vae/train_z2_long/best.pth --out runs/vae/latent_space_z2
 
 Posterior means mu(x) of the test images, coloured by class; the decoder's images over a plane of latents; the way from
 one image to another, through the latents and through the pixels; and each latent moved alone. With more than two

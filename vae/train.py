@@ -1,7 +1,8 @@
 """Train a variational autoencoder on binarised 14×14 digits: how high a bound on their likelihood does it reach?
 
     python vae/train.py
-    python vae/train.py --z-dim 2 --out runs/vae/train_z2
+    python vae/train.py --z-dim 2 --epochs 30 --out runs/vae/train_z2
+    python vae/train.py --z-dim 2 --out runs/vae/train_z2_long
     python vae/train.py --z-dim 2 --val-size 100 --out runs/vae/train_z2_val100
     python vae/train.py --schedule constant --lr 0.001 --epochs 100 --encoder-weight-decay 0 --out runs/vae/train_plain
 
