@@ -65,6 +65,7 @@ def fit(
     optimizer: str = "adam",
     schedule: str = "cosine",
     batch_size: int = 64,
+    beta2: float = 0.999,
     after_epoch: Callable[[int, EnsembleMLP], None] | None = None,
 ) -> Fit:
     """Minimise every network's mean squared error on its own points: M arrays (n_i,) → what came of it.
@@ -82,7 +83,7 @@ def fit(
     if optimizer == "sgd":
         steps = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=True)
     else:
-        steps = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+        steps = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, beta2), fused=True)
     updates, step = epochs * UPDATES_PER_EPOCH, 0
     diverged_at = np.zeros(len(sizes), dtype=np.int64)
     for epoch in range(1, epochs + 1):

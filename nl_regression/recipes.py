@@ -65,6 +65,7 @@ class Recipe:
     width: int = 256
     depth: int = 3
     batch_size: int = 64
+    beta2: float = 0.999  # of Adam
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Recipe":
@@ -96,6 +97,7 @@ class Recipe:
             optimizer=self.optimizer,
             schedule=self.schedule,
             batch_size=self.batch_size,
+            beta2=self.beta2,
             after_epoch=after_epoch,
         )
         return model, found
