@@ -249,7 +249,7 @@ def test_the_posterior_has_collapsed_where_no_seed_has_an_active_latent():
     assert (outcome["best_beta"], outcome["best_elbo"]) == (1.0, -33.5)
     assert outcome["first_beta_with_an_unused_latent"] == 1.0
     assert outcome["collapsed_from_beta"] == 7.0
-    assert beta_study.ending(outcome) == "no latent is active from β = 7 on"
+    assert beta_study.ending(outcome) == "no latent is active at β = 7 and above"
     outcome = beta_findings({beta: found[beta] for beta in (0.5, 4.0)})
     assert outcome["collapsed_from_beta"] is None
     assert beta_study.ending(outcome) == "at β = 4 0.5 latents are active"

@@ -109,7 +109,7 @@ def maximum_spanning_tree(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order, parent = [0], np.zeros(len(weights), dtype=np.intp)
     outside = np.arange(len(weights)) > 0
     heaviest = weights[0].astype(np.float64)  # (D,): the best edge from the tree to each vertex outside, at `parent`
-    while outside.any():
+    for _ in range(len(weights) - 1):
         new = int(np.where(outside, heaviest, -np.inf).argmax())
         order.append(new)
         outside[new] = False

@@ -8,9 +8,10 @@ Each model minimises
     loss = β · R + D,    rate R = KL(q(z|x) ‖ p(z)),    distortion D = −E_q [log p(x|z)]
 
 and is measured by the bound itself, ELBO = −(R + D), which is β = 1. R says how many nats about the image the latents
-carry, D how many nats the image still costs when they are known. A small β buys detail that the prior does not cover:
-good reconstructions, poor samples. A large β makes every nat of R cost more than it saves: one latent after another
-gives the prior for every image (it is not active), until none is left and the decoder draws the mean image: collapse.
+carry, D how many nats the image still costs when they are known. On the curve of the best models that the (R, D) plane
+allows, dD/dR = −β: a nat of rate is bought where it saves β nats of distortion or more. A small β buys detail that the
+prior does not cover: good reconstructions, poor samples. A large β leaves nothing worth its price: one latent after
+another gives the prior for every image (it is not active), until the decoder draws the mean image: collapse.
 
 Writes beta_study.png, rate_distortion.png, samples_by_beta.png, history.csv, metrics.json.
 Sources: Higgins et al. 2017 for β; Alemi et al. 2018 for rate and distortion; Burda et al. 2016 for active latents.
@@ -76,7 +77,7 @@ def main(argv=None) -> dict:
     outcome = findings(found, table, args.z_dim)
     about = f"{data.title}, {args.z_dim} latents, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"
     save_figure(draw_curves(found, outcome, args.z_dim, about), run.path("beta_study.png"))
-    save_figure(draw_plane(found, table, outcome, about), run.path("rate_distortion.png"))
+    save_figure(draw_plane(table, outcome, about), run.path("rate_distortion.png"))
     save_figure(
         draw_samples(found, shown, outcome, f"{data.title}, {args.z_dim} latents, seed {seeds[0]}"),
         run.path("samples_by_beta.png"),
@@ -108,7 +109,8 @@ def findings(found: dict[float, list[dict]], table: dict[float, dict], z_dim: in
 def ending(outcome: dict) -> str:
     """How the posterior ends, in words."""
     if outcome["collapsed_from_beta"] is not None:
-        return f"no latent is active from β = {outcome['collapsed_from_beta']:g} on"
+        above = " and above" if outcome["largest_beta"] > outcome["collapsed_from_beta"] else ""
+        return f"no latent is active at β = {outcome['collapsed_from_beta']:g}{above}"
     return f"at β = {outcome['largest_beta']:g} {outcome['active_units_at_the_largest_beta']:.3g} latents are active"
 
 
@@ -138,33 +140,32 @@ def draw_curves(found: dict, outcome: dict, z_dim: int, about: str):
     return figure
 
 
-def draw_plane(found: dict, table: dict, outcome: dict, about: str):
-    """Distortion against rate, a point for each β, over lines of one ELBO."""
+def draw_plane(table: dict, outcome: dict, about: str):
+    """Distortion against rate, a point for the seeds' mean at each β, over lines of one ELBO."""
     figure, axes = new_figure(width=8, height=6)
     ax = axes[0, 0]
-    for index, rows in enumerate(found.values()):
-        label = "each seed" if index == 0 else None
-        ax.plot([r["kl"] for r in rows], [-r["reconstruction"] for r in rows], ".", color="#999999", label=label)
     rate, distortion = [row["kl"] for row in table.values()], [-row["reconstruction"] for row in table.values()]
-    ax.plot(rate, distortion, "o-", color=COLORS[0], label="mean over seeds")
+    ax.plot(rate, distortion, "o-", color=COLORS[0])
     for beta, x, y in zip(table, rate, distortion, strict=True):
         ax.annotate(f"β = {beta:g}", (x, y), (6, 4), textcoords="offset points", fontsize=9)
     ax.margins(0.12)
     (left, right), (bottom, top) = ax.get_xlim(), ax.get_ylim()
     grid_x, grid_y = np.meshgrid(np.linspace(left, right, 50), np.linspace(bottom, top, 50))
     lines = ax.contour(grid_x, grid_y, -(grid_x + grid_y), levels=9, colors=COLORS[1], linewidths=0.8, linestyles=":")
-    ax.clabel(lines, fmt="ELBO %g", fontsize=8)
+    # Each line is labelled where it crosses the diagonal, which meets the curve only once.
+    at = (-lines.levels - left - bottom) / (right + top - left - bottom)  # 0 … 1, from corner to corner
+    where = [(left + t * (right - left), bottom + t * (top - bottom)) for t in at if 0.03 < t < 0.97]
+    ax.clabel(lines, fmt="ELBO %g", fontsize=8, manual=where)
     ax.set(xlabel="rate R = KL (nats per image)", ylabel="distortion D = −reconstruction (nats per image)")
     ax.grid(False)
-    ax.legend()
-    best = f"β = {outcome['best_beta']:g} comes nearest to the corner: R + D = {-outcome['best_elbo']:.1f} nats"
+    best = f"R + D is least with β = {outcome['best_beta']:g}: {-outcome['best_elbo']:.1f} nats"
     figure.suptitle(f"{about}\n{best}")
     return figure
 
 
 def draw_samples(found: dict, shown: list[np.ndarray], outcome: dict, about: str):
     """A row of samples and reconstructions for each β (the first seed's), under one of test images."""
-    figure, axes = new_figure(width=10.5, height=0.56 * len(shown) + 1)
+    figure, axes = new_figure(width=10.5, height=0.54 * len(shown) + 0.9)
     ax = axes[0, 0]
     at = draw_pictures(ax, shown)
     labels = ["", *(f"β = {beta:g}, ELBO {rows[0]['elbo']:.1f}" for beta, rows in found.items())]
