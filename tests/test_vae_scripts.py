@@ -223,7 +223,18 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
 
 
 def test_a_pair_that_does_not_exist(trained, tmp_path, capsys):
-    flags = ["--runs-dir", trained[0], "--dataset", "digits", "--per-class", "20", "--out", tmp_path / "run"]
+    flags = [
+        "--runs-dir",
+        trained[0],
+        "--dataset",
+        "digits",
+        "--per-class",
+        "20",
+        "--val-size",
+        "100",
+        "--out",
+        tmp_path / "run",
+    ]
     assert "--pair 99999" in fails(latent_space, [*flags, "--pair", "0", "99999"], capsys)
 
 

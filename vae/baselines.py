@@ -42,7 +42,7 @@ class IndependentBernoulli:
 class ChowLiuTree:
     """The tree of pixels, each given its parent, under which the training images are the most probable of all trees.
 
-    With the mutual information of two pixels under the counted frequencies,
+    With the mutual information of two pixels under the smoothed frequencies P,
 
         I_ij = Σ_{u,v} P(x_i = u, x_j = v) log [ P(x_i = u, x_j = v) / P(x_i = u) P(x_j = v) ],
 

@@ -58,7 +58,7 @@ def main(argv=None) -> dict:
     device = pick_device(args.device)
     data = load_binary(args)
     run = start_run(args)
-    x_train, x_test = (torch.from_numpy(x).to(device) for x in (data.x_train, data.x_test))  # (N, 196) each
+    x_train, x_val, x_test = (torch.from_numpy(x).to(device) for x in (data.x_train, data.x_val, data.x_test))
     betas, seeds = sorted(set(args.betas)), list(dict.fromkeys(args.seeds))
     to_reconstruct, first_row = shown_images(x_test, data.y_test)
     found, shown, training_seconds = {}, [first_row], 0.0
@@ -68,7 +68,7 @@ def main(argv=None) -> dict:
         for seed in seeds:
             model, rng = new_model([args.seed, seed], x_train.shape[1], args.hidden, args.z_dim, device)
             seconds = fit(model, x_train, lambda r, kl, beta=beta: (beta * kl - r).mean(), rng=rng, **settings)
-            found[beta].append(measure(model, x_test))
+            found[beta].append({**measure(model, x_test), "val_elbo": measure(model, x_val)["elbo"]})
             run.log(beta=beta, seed=seed, **found[beta][-1], training_seconds=seconds)
             training_seconds += seconds
             if seed == seeds[0]:
@@ -87,11 +87,11 @@ def main(argv=None) -> dict:
 
 
 def findings(found: dict[float, list[dict]], table: dict[float, dict], z_dim: int) -> dict:
-    """The β of the highest bound, the first one that leaves a latent unused, and the one from which none is active.
+    """The β of the highest bound on the validation images, the first that leaves a latent unused or none active.
 
     found: β in rising order → the measured terms of each seed. None stands for "at no β here".
     """
-    best = max(table, key=lambda beta: table[beta]["elbo"])
+    best = max(table, key=lambda beta: table[beta]["val_elbo"])
     unused = [beta for beta, rows in found.items() if any(row["active_units"] < z_dim for row in rows)]
     alive = [beta for beta, rows in found.items() if any(row["active_units"] for row in rows)]
     collapsed = [beta for beta in found if not alive or beta > max(alive)]

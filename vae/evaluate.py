@@ -29,19 +29,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared_utils.cli import make_parser, positive_int, run_main
+from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.data import split_positions
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, image_grid, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
+from shared_utils.stats import mean_std
 from vae.baselines import BernoulliMixture, ChowLiuTree, IndependentBernoulli
 from vae.classifier import class_probabilities, train_classifier
 from vae.exact import exact_log_likelihood
 from vae.inputs import SIDE, Inputs, add_data_flags, load_binary
-from vae.model import ROWS, VAE, load_model
+from vae.model import ROWS, VAE, add_ckpt_flag, load_model
 
 BATCH = 100  # images whose bounds are computed at once
+ELBO_SAMPLES = 100  # draws of the latent for each image
 GRID_POINTS = 401  # of the quadrature, along each latent
 CLASSIFIER_EPOCHS = 12
 SHOWN = 12  # samples of each model in the figure
@@ -61,14 +63,14 @@ def bounds(model: VAE, x: Tensor, ks: list[int]) -> np.ndarray:
         rows = []
         for k in ks:
             groups = weights[: most // k * k].reshape(-1, k, len(batch))  # (groups, k, B)
-            rows.append(groups.logsumexp(1).double().mean(0) - math.log(k))  # (B,)
+            rows.append(groups.logsumexp(1).cpu().double().mean(0) - math.log(k))  # (B,)
         parts.append(torch.stack(rows))  # (G, B)
     return torch.cat(parts, dim=1).cpu().numpy()
 
 
 def fit_baselines(data: Inputs, sizes: list[int], rng: np.random.Generator) -> dict:
     """Name → fitted model without a network, the number of the mixture's components chosen on held-out images."""
-    fit_at, held_at = split_positions(data.y_train, len(data.y_train) // 5)
+    fit_at, held_at = split_positions(data.y_train, max(1, len(data.y_train) // 5))
     held = {
         size: BernoulliMixture(size).fit(data.x_train[fit_at], rng).log_likelihood(data.x_train[held_at]).mean()
         for size in sizes
@@ -87,12 +89,12 @@ def measure(model: VAE, x: Tensor, ks: list[int]) -> dict[str, np.ndarray]:
 
     `coarse` is the quadrature with half the points: where it differs from `exact`, neither is to be trusted.
     """
-    terms = [torch.stack(model.elbo_terms(part, BATCH)) for part in x.split(BATCH)]  # (2, B) each
-    reconstruction, kl = torch.cat(terms, dim=1).double().cpu().numpy()  # (N,) each
+    terms = [torch.stack(model.elbo_terms(part, ELBO_SAMPLES)) for part in x.split(BATCH)]  # (2, B) each
+    reconstruction, kl = torch.cat(terms, dim=1).cpu().double().numpy()  # (N,) each
     found = {"reconstruction": reconstruction, "kl": kl, "elbo": reconstruction - kl, "iwae": bounds(model, x, ks)}
     if model.z_dim <= 2:
         for name, points in (("exact", GRID_POINTS), ("coarse", GRID_POINTS // 2)):
-            found[name] = exact_log_likelihood(model, x, points).double().cpu().numpy()
+            found[name] = exact_log_likelihood(model, x, points).cpu().double().numpy()
     return found
 
 
@@ -107,7 +109,7 @@ def likelihood_row(name: str, nats: np.ndarray, parameters: int) -> dict:
         "model": name,
         "parameters": parameters,
         "test_log_likelihood": float(nats.mean()),
-        "standard_error": float(nats.std(ddof=1) / math.sqrt(len(nats))),
+        "standard_error": mean_std(nats)[1] / math.sqrt(len(nats)),
         "bits_per_pixel": bits_per_pixel(float(nats.mean())),
     }
 
@@ -144,7 +146,7 @@ def build_parser():
     quick = {"per_class": 100, "val_size": 100, "k": 500, "images": 100, "mixture_sizes": [10, 20], "samples": 1000}
     parser = make_parser(__doc__, quick=quick)
     add_data_flags(parser)
-    parser.add_argument("--ckpt", metavar="FILE", help="a model of train.py's (default: its best.pth)")
+    add_ckpt_flag(parser)
     parser.add_argument("--k", type=positive_int, default=5000, help="samples of the latent in the tightest bound")
     parser.add_argument("--images", type=positive_int, help="test images of the bounds (default: all)")
     parser.add_argument("--samples", type=positive_int, default=10_000, help="drawn from each model")
@@ -167,15 +169,18 @@ def main(argv=None) -> dict:
     data = load_binary(args)
     run = start_run(args)
     rng = seed_everything(args.seed)
+    sizes = [size for size in dict.fromkeys(args.mixture_sizes) if size <= 0.8 * len(data.x_train)]
+    if not sizes:
+        raise UserError(f"--mixture-sizes: {len(data.x_train)} training images are too few for any of these sizes")
 
     started = time.perf_counter()
     x_test = data.x_test[: args.images]
     ks = sorted({k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000) if k < args.k} | {args.k})
     nats = measure(model, torch.from_numpy(x_test).to(device), ks)
     bound_seconds = time.perf_counter() - started
-    baselines = fit_baselines(data, list(dict.fromkeys(args.mixture_sizes)), rng)
+    baselines = fit_baselines(data, sizes, rng)
 
-    vae, decoder = f"VAE, {model.z_dim} latents", sum(p.numel() for p in model.decoder.parameters())
+    vae, decoder = f"VAE, {model.size}", sum(p.numel() for p in model.decoder.parameters())
     table = [likelihood_row(name, b.log_likelihood(x_test), b.parameters) for name, b in baselines.items()]
     table += [likelihood_row(f"{vae}: ELBO", nats["elbo"], decoder)]
     table += [likelihood_row(f"{vae}: IWAE-{args.k:,}", nats["iwae"][-1], decoder)]
@@ -187,7 +192,7 @@ def main(argv=None) -> dict:
     for row in quality:
         print(f"{row['source']:32}{row['mean_confidence']:9.1%} sure, {row['effective_classes']:.1f} effective classes")
 
-    title = f"{data.title}, {model.z_dim} latents"
+    title = f"{data.title}, {model.size}"
     save_figure(draw_likelihoods(table, title), run.path("likelihood.png"))
     save_figure(draw_bounds(ks, nats, title), run.path("iwae.png"))
     save_figure(draw_quality(shown, quality, data, accuracy), run.path("sample_quality.png"))

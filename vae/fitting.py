@@ -99,7 +99,7 @@ def active_units(model: VAE, x: Tensor, threshold: float = ACTIVE) -> Tensor:
     Source: Burda, Grosse and Salakhutdinov 2016, section 5.2.
     """
     mu = torch.cat([model.encode(part)[0] for part in x.split(1000)])  # (N, d)
-    return mu.double().var(0, correction=0) > threshold
+    return mu.cpu().double().var(0, correction=0) > threshold
 
 
 def measure(model: VAE, x: Tensor) -> dict[str, float]:

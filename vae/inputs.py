@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shared_utils.cli import ExperimentParser, UserError, positive_int
-from shared_utils.data import Images, binarize, downsample, load_images, per_class, train_val_split
+from shared_utils.data import Images, binarize, downsample, load_images, per_class, stratified_order, train_val_split
 
 SIDE = 14
 STAND_IN = "digits"
@@ -42,6 +42,8 @@ def load_binary(args) -> Inputs:
     """
     images = load_images(args.dataset, "train", args.data_dir, shape=(1, 28, 28))
     test = load_images(args.dataset, "test", args.data_dir, shape=(1, 28, 28))
+    # A folder's images come class by class: in this order the first n are a sample of all.
+    test = test[stratified_order(test.y, np.random.default_rng(0))]
     train, val = train_val_split(images, args.val_size)
     fewest = int(np.bincount(train.y, minlength=len(train.classes)).min())
     wanted, title = args.per_class, images.title

@@ -30,7 +30,7 @@ from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 from vae.fitting import active_units
 from vae.inputs import SIDE, Inputs, add_data_flags, load_binary
-from vae.model import VAE, kl_to_prior, load_model
+from vae.model import VAE, add_ckpt_flag, kl_to_prior, load_model
 
 STEPS = 11  # of an interpolation or a traversal
 REACH = 3.0  # of a traversal, in standard deviations of the prior
@@ -42,7 +42,7 @@ def build_parser():
     """The command line."""
     parser = make_parser(__doc__, quick={"per_class": 100, "val_size": 100})
     add_data_flags(parser)
-    parser.add_argument("--ckpt", metavar="FILE", help="a model of train.py's (default: its best.pth)")
+    add_ckpt_flag(parser)
     parser.add_argument(
         "--pair",
         type=non_negative_int,
@@ -70,7 +70,7 @@ def main(argv=None) -> dict:
     mu, log_var = model.encode(x_test)  # (N, d) each
     units = {
         "active": active_units(model, x_test).cpu().numpy(),  # (d,)
-        "variance": mu.var(0).cpu().numpy(),
+        "variance": mu.var(0, correction=0).cpu().numpy(),
         "kl": kl_to_prior(mu.unsqueeze(-1), log_var.unsqueeze(-1)).mean(0).cpu().numpy(),  # (N, d, 1) → (N, d) → (d,)
     }
     neighbours = {
@@ -79,7 +79,7 @@ def main(argv=None) -> dict:
     }
     plane = Plane.of(mu)
 
-    title = f"{data.title}, {model.z_dim} latents"
+    title = f"{data.title}, {model.size}"
     save_figure(draw_means(mu, plane, data, neighbours, title), run.path("latent_means.png"))
     save_figure(draw_manifold(model, plane, args.side, title), run.path("manifold.png"))
     save_figure(draw_interpolation(model, x_test[pairs], title), run.path("interpolation.png"))
@@ -101,6 +101,8 @@ def choose_pairs(data: Inputs, pair: list[int] | None) -> np.ndarray:
     """Positions of the test images to go between, (P, 2): those asked for, or the first of each class, two by two."""
     if pair is None:
         first = np.unique(data.y_test, return_index=True)[1]
+        if len(first) < 2:
+            raise UserError("the test images are of one class alone: give --pair A B")
         return first[: len(first) // 2 * 2].reshape(-1, 2)
     if max(pair) >= len(data.x_test):
         raise UserError(f"--pair {max(pair)}: there are {len(data.x_test)} test images, counted from 0")
@@ -109,7 +111,7 @@ def choose_pairs(data: Inputs, pair: list[int] | None) -> np.ndarray:
 
 def knn_accuracy(train: np.ndarray, test: np.ndarray, data: Inputs) -> float:
     """How often the majority of a test point's nearest training points has its class: (N, D), (M, D)."""
-    return float(KNeighborsClassifier(NEIGHBOURS).fit(train, data.y_train).score(test, data.y_test))
+    return float(KNeighborsClassifier(min(NEIGHBOURS, len(train))).fit(train, data.y_train).score(test, data.y_test))
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def build_parser():
 @torch.no_grad()
 def mean_iwae(model: VAE, x: torch.Tensor, k: int) -> float:
     """The bound of k samples as a mean over the images x (N, D), 100 of them at a time."""
-    return torch.cat([model.iwae_bound(part, k) for part in x.split(100)]).double().mean().item()
+    return torch.cat([model.iwae_bound(part, k) for part in x.split(100)]).cpu().double().mean().item()
 
 
 @cpu_threads(1)
@@ -49,7 +49,7 @@ def main(argv=None) -> dict:
     device = pick_device(args.device)
     data = load_binary(args)
     run = start_run(args)
-    x_train, x_test = (torch.from_numpy(x).to(device) for x in (data.x_train, data.x_test))  # (N, 196) each
+    x_train, x_val, x_test = (torch.from_numpy(x).to(device) for x in (data.x_train, data.x_val, data.x_test))
     sizes, seeds = sorted(set(args.z_dims)), list(dict.fromkeys(args.seeds))
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "samples": args.samples}
     found, training_seconds = {}, 0.0
@@ -58,7 +58,8 @@ def main(argv=None) -> dict:
         for seed in seeds:
             model, rng = new_model([args.seed, seed], x_train.shape[1], args.hidden, size, device)
             seconds = fit(model, x_train, lambda r, kl: (kl - r).mean(), rng=rng, **settings)
-            found[size].append({**measure(model, x_test), "iwae": mean_iwae(model, x_test, args.k)})
+            bounds = {"iwae": mean_iwae(model, x_test, args.k), "val_iwae": mean_iwae(model, x_val, args.k)}
+            found[size].append({**measure(model, x_test), **bounds})
             run.log(z_dim=size, seed=seed, **found[size][-1], training_seconds=seconds)
             training_seconds += seconds
     table = {size: summary(rows) for size, rows in found.items()}
@@ -71,16 +72,16 @@ def main(argv=None) -> dict:
 
 
 def findings(found: dict[int, list[dict]], table: dict[int, dict]) -> dict:
-    """The size with the highest bound, the smallest one as good, and the first that leaves latents unused.
+    """The size of the highest bound on validation images, the smallest as good, the first with latents unused.
 
     found: sizes in rising order → the measured values of each seed. "As good": below the best by no more than the
     larger of the two sizes' standard deviations over seeds. None: every size uses all its latents.
     """
-    best = max(table, key=lambda size: table[size]["iwae"])
+    best = max(table, key=lambda size: table[size]["val_iwae"])
     enough = next(
         size
         for size, row in table.items()
-        if table[best]["iwae"] - row["iwae"] <= max(row["iwae_std"], table[best]["iwae_std"])
+        if table[best]["val_iwae"] - row["val_iwae"] <= max(row["val_iwae_std"], table[best]["val_iwae_std"])
     )
     unused = [size for size, rows in found.items() if any(row["active_units"] < size for row in rows)]
     return {

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared_utils import checkpoint
-from shared_utils.cli import UserError
+from shared_utils.cli import ExperimentParser, UserError
 from shared_utils.runs import find_output
 from vae.inputs import SIDE
 
@@ -69,6 +69,11 @@ class VAE(nn.Module):
         self.x_dim, self.z_dim = x_dim, z_dim
         self.encoder = nn.Sequential(nn.Linear(x_dim, hidden), nn.Tanh(), nn.Linear(hidden, 2 * z_dim))
         self.decoder = nn.Sequential(nn.Linear(z_dim, hidden), nn.Tanh(), nn.Linear(hidden, x_dim))
+
+    @property
+    def size(self) -> str:
+        """`8 latents`, for figures."""
+        return f"{self.z_dim} latent{'s' if self.z_dim > 1 else ''}"
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, D) → mean and log-variance of q(z|x), (B, d) each."""
@@ -109,15 +114,16 @@ class VAE(nn.Module):
         prior = log_normal(z, torch.zeros_like(mu), torch.zeros_like(mu))
         return log_bernoulli(x, self.decode(z)) + prior - log_normal(z, mu, log_var)
 
-    def iwae_bound(self, x: Tensor, k: int) -> Tensor:
+    def iwae_bound(self, x: Tensor, k: int, q: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """log (1/k) Σ_j w_j, in nats per image (B,): a lower bound on log p(x) in the mean, the tighter the larger k.
 
-        The samples are decoded `ROWS` at a time, so that memory does not grow with k. Errors: as `elbo_terms`.
+        q: mean and log-variance (B, d) to draw from in place of the encoder's. The samples are decoded `ROWS` at a
+        time, so that memory does not grow with k. Errors: as `elbo_terms`.
         """
         self._check_images(x)
         if k < 1:
             raise UserError(f"the bound needs at least one sample, got k = {k}")
-        mu, log_var = self.encode(x)
+        mu, log_var = self.encode(x) if q is None else q
         at_once = max(1, ROWS // len(x))
         total = torch.full_like(mu[:, 0], -torch.inf)  # log Σ w so far
         for done in range(0, k, at_once):
@@ -138,14 +144,20 @@ class VAE(nn.Module):
 def mean_terms(model: VAE, x: Tensor, n_samples: int) -> tuple[float, float]:
     """Reconstruction and KL, in nats per image, as means over all images x (N, D); 1,000 of them at a time."""
     parts = [model.elbo_terms(part, n_samples) for part in x.split(1000)]
-    reconstruction, kl = (torch.cat(terms).double().mean().item() for terms in zip(*parts, strict=True))
+    reconstruction, kl = (torch.cat(terms).cpu().double().mean().item() for terms in zip(*parts, strict=True))
     return reconstruction, kl
+
+
+def add_ckpt_flag(parser: ExperimentParser) -> None:
+    """`--ckpt`, which `load_model` reads."""
+    parser.add_argument("--ckpt", metavar="FILE", help="a model of train.py's (default: its best.pth)")
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> VAE:
     """The model in `--ckpt`, by default train.py's best, in evaluation mode.
 
-    Errors: `UserError` in one line when the file is missing, damaged, of another image size, or no VAE of ours.
+    Errors: `UserError` in one line when the file is missing, damaged, of another image size or no VAE of ours, and when
+    `args` ask for other images than it was trained on.
     """
     path = Path(args.ckpt) if args.ckpt else find_output(args, "train", "best.pth")
     state = checkpoint.load(path, device=device, expect={"x_dim": SIDE * SIDE})
@@ -156,4 +168,8 @@ def load_model(args: argparse.Namespace, device: torch.device) -> VAE:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path} holds no VAE that train.py wrote: {reason}") from None
     model.trained_on = state.get("title", "")
+    for key, value in state.get("data", {}).items():
+        if getattr(args, key, value) != value:
+            flag = "--" + key.replace("_", "-")
+            raise UserError(f"{path} was trained with {flag} {value}, not {getattr(args, key)}")
     return model.to(device).eval()

@@ -19,7 +19,7 @@ from shared_utils.plotting import image_grid, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 from vae.inputs import SIDE, add_data_flags, load_binary
-from vae.model import load_model
+from vae.model import add_ckpt_flag, load_model
 
 SAMPLES = 20  # draws for the ELBO of each image
 
@@ -28,7 +28,7 @@ def build_parser():
     """The command line."""
     parser = make_parser(__doc__, quick={"per_class": 100, "val_size": 100})
     add_data_flags(parser)
-    parser.add_argument("--ckpt", metavar="FILE", help="a model of train.py's (default: its best.pth)")
+    add_ckpt_flag(parser)
     parser.add_argument("--n", type=positive_int, default=8, help="images in each panel")
     return parser
 
@@ -62,7 +62,7 @@ def main(argv=None) -> dict:
     for row, label in enumerate(("image", "probability", "cut at ½")):
         axes[0, 0].text(-1.5, 7 + 15 * row, label, ha="right", va="center", fontsize=9)
     finding = f"{wrong.mean():.1f} of {x.shape[1]} pixels of a test image come back wrong"
-    figure.suptitle(f"{data.title}, {model.z_dim} latents: {finding}")
+    figure.suptitle(f"{data.title}, {model.size}: {finding}")
     save_figure(figure, run.path("reconstructions.png"))
     return run.finish(
         {

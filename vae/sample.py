@@ -25,13 +25,13 @@ from shared_utils.plotting import image_grid, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 from vae.inputs import SIDE
-from vae.model import load_model
+from vae.model import add_ckpt_flag, load_model
 
 
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None)
-    parser.add_argument("--ckpt", metavar="FILE", help="a model of train.py's (default: its best.pth)")
+    add_ckpt_flag(parser)
     parser.add_argument("--n", type=positive_int, default=10_000, help="samples written to samples.npz")
     parser.add_argument("--rows", type=positive_int, default=6, help="rows of each grid in the figure")
     parser.add_argument("--columns", type=positive_int, default=10, help="columns of each grid in the figure")
@@ -65,7 +65,7 @@ def main(argv=None) -> dict:
         ax.set_title(title)
     doubtful = float(((p > 0.1) & (p < 0.9)).mean())
     finding = f"samples from the prior; {doubtful:.0%} of their pixels are left open (0.1 < p < 0.9)"
-    figure.suptitle(f"{model.trained_on}, {model.z_dim} latents: {finding}")
+    figure.suptitle(f"{model.trained_on}, {model.size}: {finding}")
     save_figure(figure, run.path("samples.png"))
     return run.finish(
         {

@@ -81,7 +81,7 @@ def main(argv=None) -> dict:
     step, best, saved, seconds = 0, {"val_elbo": -math.inf}, 0, 0.0
 
     if args.resume and run.path("last.pth").exists():
-        state = checkpoint.load(run.path("last.pth"), device=device, expect=model.config)
+        state = checkpoint.load(run.path("last.pth"), expect=model.config)  # the states find their way to the device
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         checkpoint.restore_random_states(state, rng)
@@ -89,6 +89,8 @@ def main(argv=None) -> dict:
         terms[:step] = state["terms"].numpy()
         run.rewind(state["rows"])
         saved = step
+    elif args.resume:
+        run.rewind(0)
 
     while step < updates:
         started = time.perf_counter()
@@ -113,18 +115,21 @@ def main(argv=None) -> dict:
             saved = step
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "best": best}
             state |= {"terms": torch.from_numpy(terms[:step]), "rows": len(run.history()), "seconds": seconds}
-            checkpoint.save(run.path("last.pth"), rng=rng, config=model.config, **state)
-            checkpoint.save(run.path("best.pth"), config=model.config, title=data.title, **best)
+            check_finite(best["val_elbo"], step, args.lr)
+            about = {"config": model.config, "title": data.title}
+            about["data"] = {"dataset": args.dataset, "per_class": args.per_class, "val_size": args.val_size}
+            checkpoint.save(run.path("last.pth"), rng=rng, **about, **state)
+            checkpoint.save(run.path("best.pth"), **about, **best)
 
     x_test = torch.from_numpy(data.x_test).to(device)
     reconstruction, kl = mean_terms(model, x_test, TEST_SAMPLES)
     last_elbo = reconstruction - kl
     model.load_state_dict(best["model"])
     reconstruction, kl = mean_terms(model, x_test, TEST_SAMPLES)
-    np.savez_compressed(run.path("terms.npz"), reconstruction=terms[:, 0], kl=terms[:, 1])
+    checkpoint.save_arrays(run.path("terms.npz"), reconstruction=terms[:, 0], kl=terms[:, 1])
 
     rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
-    about = f"{data.title}, {args.z_dim} latents"
+    about = f"{data.title}, {model.size}"
     save_figure(draw_terms(terms, about), run.path("elbo_terms.png"))
     save_figure(draw_bounds(rows, best, reconstruction - kl, len(x_val), about), run.path("train_vs_val_ll.png"))
     return run.finish(
@@ -154,7 +159,7 @@ def validate(model: VAE, x_val: torch.Tensor, step: int, lr: float, terms: np.nd
     reconstruction, kl = mean_terms(model, x_val, VAL_SAMPLES)
     means = dict(zip(("train_reconstruction", "train_kl"), terms.mean(0).tolist(), strict=True))
     run.log(step=step, lr=lr, **means, val_reconstruction=reconstruction, val_kl=kl)
-    if reconstruction - kl <= best["val_elbo"]:
+    if not reconstruction - kl > best["val_elbo"]:  # nor is what is no number the best
         return best
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     return {"val_elbo": reconstruction - kl, "step": step, "model": weights}
@@ -197,7 +202,7 @@ def draw_bounds(rows: list[dict[str, float]], best: dict, test_elbo: float, n_va
     top = max(*train, *val, test_elbo)
     ax.set_ylim(max(min(train + val), top - 12), top + 0.5)
     ax.legend(loc="lower right")
-    figure.suptitle(f"{about}\nat the end {train[-1]:.1f} on training images, {test_elbo:.1f} on those never seen")
+    figure.suptitle(f"{about}\nthe last training batches reach {train[-1]:.1f}, images never seen {test_elbo:.1f}")
     return figure
 
 
