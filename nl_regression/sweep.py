@@ -168,8 +168,8 @@ def draw_deltas(found: Networks, rows: list[dict], recipe: Recipe):
     right.axhline(1 / 3, color="black", linestyle=":", linewidth=1, label="variance of the target on [0, 1]: 0.33")
     right.axhline(FITS, color="#777777", linestyle="--", linewidth=1, label=f"interpolates: {FITS:g}")
     right.set(xscale="log", yscale="log", xlabel="n, points on [0, 1]", ylabel="mean squared error on the points")
-    left.legend(fontsize=8, loc="lower left")
-    right.legend(fontsize=8, loc="lower right")
+    for ax in axes.flat:
+        ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     meets = sum(row["largest_train_mse"] <= FITS for row in rows)
     last = f"at n = {sizes[-1]} the median δ_in is {rows[-1]['median_delta_in']:.2g}, δ_out"
     said = f"all networks meet their points at {meets} of {len(rows)} sizes; {last} {rows[-1]['median_delta_out']:.2g}"
