@@ -23,6 +23,7 @@ import math
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -225,7 +226,7 @@ def main(argv=None) -> dict:
     for threads in every:
         flops, bandwidth = machine_speeds(threads, device, args.repeats)
         speeds.append((flops, bandwidth))
-        operations, traffic = work(recipe)
+        operations, traffic = work(replace(recipe, batch_size=min(recipe.batch_size, args.n)))
         least = {"products_seconds": operations / flops, "traffic_seconds": traffic / bandwidth}
         ways = [(f"nn.Sequential, {name}", args.alone, True, f) for name, f in (("Adam", False), ("fused Adam", True))]
         ways += [(f"{group} together", group, False, True) for group in sorted(set(args.groups))]

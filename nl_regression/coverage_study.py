@@ -5,9 +5,9 @@
 
 The phase of the target is θ(x) = 10πx⁴. Across a gap from a to b between neighbouring points it advances by
 g = (θ(b) − θ(a)) / π half-periods (the gaps from 0 to the first point and from the last to 1 count too). Where g ≥ 1,
-a half-period of a sine fits into the gap, and neither +sin nor −sin oscillates there faster than the target does: the
-two agree on all points and differ by 2 between them, so that no method can promise an error below 1. It is a worst case
-for one gap alone: a method whose assumptions suit this target may do better on it.
+a half-period of a sine fits into the gap, and neither +sin nor −sin oscillates there faster than the target does. Where
+the gap's ends are the sine's zeros, the two agree on all points and differ by 2 between them: no method can promise an
+error below 1. That is the worst case: ends on a crest leave less open, a method that suits this target may do better.
 
 Beside the networks of sweep.py, on the same points: a cubic spline; a Gaussian process with an RBF kernel, its length
 scale and variance by marginal likelihood; and the function of least norm ‖w‖ among all f(x) = φ(x)ᵀw on 1,000 random
@@ -30,7 +30,7 @@ from sklearn.metrics import roc_auc_score
 from nl_regression.fitting import Fit, fit
 from nl_regression.model import EnsembleMLP
 from nl_regression.recipes import Recipe, points_of
-from nl_regression.results import Networks
+from nl_regression.results import KNOWS, Networks
 from nl_regression.target import GRID, IN_POINTS, deltas, target
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
@@ -38,7 +38,6 @@ from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
 from shared_utils.runs import find_output, read_json, replacing, start_run
 from shared_utils.seeding import seed_everything
 
-KNOWS = 0.1  # largest error below which a method knows the function on [0, 1]
 FREQUENCIES = 1000  # of the least-norm solution
 LENGTHS = np.geomspace(0.003, 1, 30)  # of the Gaussian process, candidates (L,)
 JITTER = 1e-8  # on its diagonal, as a share of the variance: the kernel of close points is singular in float64
@@ -250,7 +249,7 @@ def draw_coverage(ns, gaps, errors, medians, from_gap, from_n, recipe: Recipe):
         ax.axhline(KNOWS, color="#777777", linestyle=":", linewidth=1)
         ax.axhline(1, color="#777777", linestyle="--", linewidth=1)
     right.axvline(1, color="black", linewidth=1)
-    right.fill_betweenx([1e-12, 1], 1, max(2, 2 * gaps.max()), color="#E4E4E4", label="what no method can promise")
+    right.fill_betweenx([1e-12, 1], 1, max(2, 2 * gaps.max()), color="#E4E4E4", label="beyond the points alone")
     lowest = min(own[own > 0].min() for own in errors.values())
     left.set(
         xscale="log", yscale="log", xlabel="n, points on [0, 1]", ylabel="largest error on [0, 1]; gap in half-periods"

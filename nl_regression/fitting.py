@@ -105,7 +105,9 @@ def fit(
         diverged_at = np.where((diverged_at == 0) & bad.any(0), first, diverged_at)
         if after_epoch is not None:
             after_epoch(epoch, model)
-    return Fit(*evaluate(model, points), diverged_at)
+    train_mse, values = evaluate(model, points)
+    diverged_at[(diverged_at == 0) & ~np.isfinite(train_mse)] = updates  # the last update ruined it
+    return Fit(train_mse, values, diverged_at)
 
 
 @torch.no_grad()

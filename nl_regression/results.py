@@ -13,6 +13,9 @@ from nl_regression.target import deltas
 from shared_utils.checkpoint import load_arrays, save_arrays
 from shared_utils.runs import replacing
 
+FITS = 1e-4  # mean squared error on its points below which a network interpolates them
+KNOWS = 0.1  # largest error below which it knows the function there
+
 
 @dataclass(frozen=True)
 class Networks:

@@ -10,14 +10,15 @@ reference's table. Measured are the mean squared error on the points, δ_in (lar
 [0, 1.5]; target.py). All trials of a size train at once, on a GPU all networks.
 
 Writes dataset_example.png, delta_vs_n.png, fits_vs_n.png, results.csv, last.npz, history.csv, metrics.json. last.npz
-holds each network's values on the grid; with --resume a sweep that was stopped goes on with the sizes that it lacks.
+holds each network's values on the grid; with --resume a sweep that was stopped goes on with the sizes that it lacks
+(on a GPU all are one group: there it begins anew).
 Shapes: M networks, T trials, n points, G grid points.
 """
 
 import numpy as np
 
 from nl_regression.recipes import Recipe, add_recipe_flags, points_of
-from nl_regression.results import Networks
+from nl_regression.results import FITS, KNOWS, Networks
 from nl_regression.target import GRID, deltas, target
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
@@ -28,8 +29,6 @@ from shared_utils.stats import mean_std as mean_and_std
 
 SIZES = sorted({round(float(n)) for n in np.logspace(1, 3, 20)})  # 10 … 1,000
 TABLE = [8, 32, 128, 256]
-FITS = 1e-4  # mean squared error on its points below which a network interpolates them
-KNOWS = 0.1  # largest error below which it knows the function there
 FAR = 1.6  # |y| beyond which a figure is cut: the target stays within 1
 
 
@@ -39,7 +38,9 @@ def build_parser():
     parser = make_parser(__doc__, dataset=None, quick=quick)
     add_recipe_flags(parser)
     parser.add_argument("--sizes", type=positive_int, nargs="+", default=SIZES, help="numbers of points, 2 or more")
-    parser.add_argument("--table", type=positive_int, nargs="*", default=TABLE, help="further sizes, for the table")
+    parser.add_argument(
+        "--table", type=positive_int, nargs="*", default=TABLE, help="further sizes trained, for the table"
+    )
     parser.add_argument("--trials", type=positive_int, default=5, help="networks for each size")
     parser.add_argument("--resume", action="store_true", help="go on with the sizes that last.npz lacks")
     return parser
@@ -48,9 +49,10 @@ def build_parser():
 def main(argv=None) -> dict:
     """Train the sizes that are missing, group by group; draw; returns the metrics."""
     args = build_parser().parse_args(argv)
+    for flag, given in (("--sizes", args.sizes), ("--table", args.table)):
+        if given and min(given) < 2:
+            raise UserError(f"{flag} {min(given)}: a network needs at least 2 points")
     sizes = sorted({*args.sizes, *args.table})
-    if sizes[0] < 2:
-        raise UserError(f"--sizes {sizes[0]}: a network needs at least 2 points")
     device, recipe = pick_device(args.device), Recipe.of(args)
     run = start_run(args)
     seed_everything(args.seed)
@@ -58,7 +60,8 @@ def main(argv=None) -> dict:
     run.rewind(len(found.sizes()) if found else 0)
     todo = [n for n in sizes if found is None or n not in found.sizes()]
     # A CPU's cache holds the networks of one size; a GPU wants as many as there are.
-    for group in [[n] for n in todo] if device.type == "cpu" else [todo] * bool(todo):
+    groups = [[n] for n in todo] if device.type == "cpu" or not todo else [todo]
+    for group in groups:
         ns, trials = np.repeat(group, args.trials), np.tile(np.arange(args.trials), len(group))
         _, fit = recipe.train(ns, trials, args.seed, device)
         new = Networks(ns, trials, fit.train_mse, fit.diverged_at, fit.values)
@@ -79,14 +82,15 @@ def main(argv=None) -> dict:
     if len(bad) == len(found):
         raise UserError(f"every network diverged at learning rate {recipe.lr:g}: try a lower --lr")
     swept = [row for row in rows if row["n"] in args.sizes]
-    save_figure(draw_examples(found, args, recipe), run.path("dataset_example.png"))
+    fine = found[found.diverged_at == 0]
+    save_figure(draw_examples(fine, args, recipe), run.path("dataset_example.png"))
     save_figure(draw_deltas(found, swept, recipe), run.path("delta_vs_n.png"))
-    save_figure(draw_fits(found, sizes, recipe), run.path("fits_vs_n.png"))
+    save_figure(draw_fits(fine, recipe), run.path("fits_vs_n.png"))
     metrics = {
         "recipe": str(recipe),
         "networks": len(found),
         "interpolating": int((found.train_mse <= FITS).sum()),
-        "largest_train_mse": max(row["largest_train_mse"] for row in rows),
+        "largest_train_mse": float(np.nanmax([row["largest_train_mse"] for row in rows])),
         "largest_n": sizes[-1],
         "delta_in_at_the_largest_n": rows[-1]["delta_in"],
         "delta_out_at_the_largest_n": rows[-1]["delta_out"],
@@ -121,13 +125,14 @@ def verdict(row: dict) -> str:
     """What the numbers of one size say."""
     if np.isnan(row["train_mse"]):
         return "diverged"
+    lost = f"; {row['diverged']} diverged" if row["diverged"] else ""
     if row["largest_train_mse"] > FITS:
         guess = " and is no better on them than their mean would be" if row["train_mse"] > 0.4 else ""
-        return "does not meet its points" + guess
+        return "does not meet its points" + guess + lost
     if row["median_delta_in"] > KNOWS:
-        return "meets its points, misses the function between them"
-    beyond = "nothing" if row["median_delta_out"] > 1 else "little"
-    return f"knows the function on [0, 1], {beyond} of it beyond"
+        return "meets its points, misses the function between them" + lost
+    beyond = "misses it beyond" if row["median_delta_out"] > 1 else "and roughly beyond"
+    return f"knows the function on [0, 1], {beyond}" + lost
 
 
 def draw_examples(found: Networks, args, recipe: Recipe):
@@ -170,16 +175,18 @@ def draw_deltas(found: Networks, rows: list[dict], recipe: Recipe):
     right.set(xscale="log", yscale="log", xlabel="n, points on [0, 1]", ylabel="mean squared error on the points")
     for ax in axes.flat:
         ax.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
-    meets = sum(row["largest_train_mse"] <= FITS for row in rows)
+    meets = sum(row["largest_train_mse"] <= FITS and not row["diverged"] for row in rows)
     last = f"at n = {sizes[-1]} the median δ_in is {rows[-1]['median_delta_in']:.2g}, δ_out"
     said = f"all networks meet their points at {meets} of {len(rows)} sizes; {last} {rows[-1]['median_delta_out']:.2g}"
     figure.suptitle(f"{said}\n({recipe})", fontsize=10)
     return figure
 
 
-def draw_fits(found: Networks, sizes: list[int], recipe: Recipe):
+def draw_fits(found: Networks, recipe: Recipe):
     """What the networks of six sizes learned, with the zone beyond their points shaded."""
+    sizes = found.sizes()
     chosen = sorted({sizes[round(i)] for i in np.linspace(0, len(sizes) - 1, 6)})
+    first, last = (tuple(float(np.median(d)) for d in deltas(found.of_size(n).values)) for n in (sizes[0], sizes[-1]))
     columns = min(3, len(chosen))
     figure, axes = new_figure(-(-len(chosen) // columns), columns, width=12, height=5.6, sharex=True, sharey=True)
     for ax in axes.flat[len(chosen) :]:
@@ -198,7 +205,11 @@ def draw_fits(found: Networks, sizes: list[int], recipe: Recipe):
     for ax in axes[:, 0]:
         ax.set_ylabel("y")
     axes.flat[0].legend(loc="upper left", fontsize=7)
-    figure.suptitle(f"More points teach the function between them, none beyond them ({recipe}; medians)", fontsize=10)
+    figure.suptitle(
+        f"From n = {sizes[0]:,} to {sizes[-1]:,} the median δ_in goes from {first[0]:.2g} to {last[0]:.2g}, "
+        f"δ_out from {first[1]:.2g} to {last[1]:.2g}\n({recipe})",
+        fontsize=10,
+    )
     return figure
 
 

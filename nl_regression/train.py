@@ -1,4 +1,4 @@
-"""What does a network of 200,000 weights make of a few dozen points of sin(10πx⁴)?
+"""What does a network of more than 100,000 weights make of a hundred points of sin(10πx⁴)?
 
     python nl_regression/train.py
     python nl_regression/train.py --n 1000 --trials 3
@@ -53,7 +53,7 @@ def main(argv=None) -> dict:
         if epoch % every == 0 or epoch == recipe.epochs:
             mse, values = evaluate(model, points)
             curves.append((epoch, mse, deltas(values)[0]))
-            run.log(epoch=epoch, train_mse=np.median(mse), delta_in=np.median(curves[-1][2]))
+            run.log(epoch=epoch, train_mse=np.nanmedian(mse), delta_in=np.nanmedian(curves[-1][2]))
 
     model, fit = recipe.train([args.n] * args.trials, range(args.trials), args.seed, device, note)
     bad = np.flatnonzero(fit.diverged_at)
@@ -61,7 +61,7 @@ def main(argv=None) -> dict:
         print(f"trial {trial}: the loss was not finite at update {fit.diverged_at[trial]}")
     if len(bad) == args.trials:
         raise UserError(f"every network diverged at learning rate {recipe.lr:g}: try a lower --lr")
-    shape = {"n": args.n, "width": recipe.width, "depth": recipe.depth, "features": recipe.features}
+    shape = {"n_models": args.trials, "width": recipe.width, "depth": recipe.depth, "features": recipe.features}
     checkpoint.save(run.path("last.pth"), config=shape, model=model.state_dict())
 
     fine = fit.diverged_at == 0

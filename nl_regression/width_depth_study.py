@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
 from nl_regression.recipes import Recipe, add_recipe_flags
+from nl_regression.results import FITS
 from nl_regression.target import deltas
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
@@ -30,7 +31,6 @@ from shared_utils.stats import mean_std as mean_and_std
 
 WIDTHS = [16, 32, 64, 128, 256, 512, 1024]
 DEPTHS = [1, 2, 3, 4, 5]
-FITS = 1e-4  # mean squared error on its points below which a network interpolates them
 
 
 def build_parser():
@@ -173,7 +173,7 @@ def draw(widths: list[dict], depths: list[dict], outcome: dict, n: int, recipe: 
     rows = list({(row["width"], row["depth"]): row for row in [*widths, *depths]}.values())
     meet, worse = sum(row["meets_its_points"] for row in rows), [k for k, v in outcome.items() if v["hurts"]]
     fewest, most = min(row["parameters"] for row in rows), max(row["parameters"] for row in rows)
-    answer = f"more {' and '.join(worse)} hurts" if worse else "more width or depth does not hurt"
+    answer = f"more {' and '.join(worse)} hurts" if worse else "no harm seen from more width or depth"
     said = f"{answer}: n = {n}, {fewest:,} to {most:,} parameters, {meet} of {len(rows)} shapes meet their points"
     figure.suptitle(f"{said}\n({recipe})", fontsize=11)
     return figure
