@@ -95,7 +95,7 @@ def draw_training(curves: list, fine: np.ndarray, found: dict, about: str):
     for index, (ax, label) in enumerate(zip(axes[0], ("mean squared error on the points", "δ_in"), strict=True)):
         values = np.array([row[index + 1][fine] for row in curves]).T  # (T, E)
         mean_std(ax, epochs, values, label="mean ± std of the trials", index=index, marker=None)
-        ax.set(xlabel="epochs of 16 updates", ylabel=label, yscale="log")
+        ax.set(xlabel="epochs of 16 updates", ylabel=label, yscale=("log", "linear")[index])
         ax.legend()
     said = (
         f"the points are met to {found['train_mse']:.1e}, the function on [0, 1] to {found['delta_in']:.2g} (medians)"
