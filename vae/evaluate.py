@@ -87,7 +87,7 @@ def fit_baselines(data: Inputs, sizes: list[int], rng: np.random.Generator) -> d
 def measure(model: VAE, x: Tensor, ks: list[int]) -> dict[str, np.ndarray]:
     """Per image, in nats: `reconstruction`, `kl`, `elbo` (N,), `iwae` (G, N); with ≤ 2 latents `exact`, `coarse` (N,).
 
-    `coarse` is the quadrature with half the points: where it differs from `exact`, neither is to be trusted.
+    `coarse` has half the points along each axis: where it differs from `exact`, neither is to be trusted.
     """
     terms = [torch.stack(model.elbo_terms(part, ELBO_SAMPLES)) for part in x.split(BATCH)]  # (2, B) each
     reconstruction, kl = torch.cat(terms, dim=1).cpu().double().numpy()  # (N,) each

@@ -48,7 +48,7 @@ def build_parser():
         type=non_negative_int,
         nargs=2,
         metavar=("A", "B"),
-        help="test images to go between (default: five pairs)",
+        help="test images to go between (default: the first of each class, two by two)",
     )
     parser.add_argument("--side", type=positive_int, default=20, help="images along each side of the manifold")
     return parser
