@@ -15,7 +15,7 @@ from mnist_svm_gabor.classifier import Classifier
 from mnist_svm_gabor.features import Preparation
 from mnist_svm_gabor.gabor import GaborBank
 from mnist_svm_gabor.protocol import choose_and_fit, default_grid, folds
-from shared_utils.cli import UserError, run_main
+from shared_utils.cli import UserError
 from shared_utils.data import load_images
 from shared_utils.runs import ROOT
 
@@ -146,17 +146,6 @@ def test_pictures_of_the_learners_own_are_brought_into_mnists_form(fitted):
 # --- scripts ------------------------------------------------------------------------------------------------------
 
 
-def fails(module, flags, capsys, out=None):
-    """The one line that `module` ends with; exit code 2; nothing written to `out`."""
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: module.main([str(flag) for flag in flags]), module.build_parser)
-    assert stop.value.code == 2
-    written = capsys.readouterr()
-    assert len(written.err.strip().splitlines()) == 1, written.err
-    assert out is None or not out.exists()
-    return written.err
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -176,30 +165,30 @@ def fails(module, flags, capsys, out=None):
         (["--dataset", "{tmp}"], "needs train/<class>"),
     ],
 )
-def test_bad_input_to_training(flags, message, tmp_path, capsys, monkeypatch):
+def test_bad_input_to_training(flags, message, tmp_path, fails, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
     out = tmp_path / "out"
-    assert message in fails(train, [*(flag.format(tmp=tmp_path) for flag in flags), "--out", out], capsys, out)
+    assert message in fails(train, [*(flag.format(tmp=tmp_path) for flag in flags), "--out", out], out)
 
 
-def test_an_unwritable_folder(tmp_path, capsys):
+def test_an_unwritable_folder(tmp_path, fails):
     (tmp_path / "file").write_text("kept")
     flags = ["--dataset", "digits", "--out", tmp_path / "file" / "run"]
-    assert "cannot write" in fails(train, flags, capsys)
+    assert "cannot write" in fails(train, flags)
     assert (tmp_path / "file").read_text() == "kept"
 
 
 @needs_mnist
-def test_a_truncated_idx_file(tmp_path, capsys):
+def test_a_truncated_idx_file(tmp_path, fails):
     shutil.copytree(REAL / "MNIST", tmp_path / "MNIST")
     path = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:1000])
     out = tmp_path / "out"
-    message = fails(train, ["--data-dir", tmp_path, "--out", out], capsys, out)
+    message = fails(train, ["--data-dir", tmp_path, "--out", out], out)
     assert "train-images-idx3-ubyte is damaged" in message
 
 
-def test_bad_input_to_the_readers(fitted, tmp_path, capsys):
+def test_bad_input_to_the_readers(fitted, tmp_path, fails):
     fitted.save(tmp_path / "model.npz")
     (tmp_path / "no_image.png").write_text("no image")
     (tmp_path / "empty").mkdir()
@@ -216,7 +205,7 @@ def test_bad_input_to_the_readers(fitted, tmp_path, capsys):
         (ablation, ["--train-size", "2000", "--dataset", "digits"], "digits has 1437"),
     ]
     for module, flags, message in cases:
-        assert message in fails(module, [*flags, "--out", out], capsys, out)
+        assert message in fails(module, [*flags, "--out", out], out)
 
 
 def test_the_learners_own_folder_trains_and_predicts(tmp_path):

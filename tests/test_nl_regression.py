@@ -13,7 +13,6 @@ from nl_regression.model import EnsembleMLP
 from nl_regression.recipes import points_of
 from nl_regression.results import Networks
 from nl_regression.target import GRID, IN_POINTS, deltas, local_frequency, target
-from shared_utils.cli import run_main
 
 TINY = ["--epochs", "3", "--width", "16", "--device", "cpu"]
 
@@ -180,32 +179,23 @@ def test_networks_that_diverge_are_named_and_the_others_go_on(tmp_path, capsys):
     assert all(row["train_mse"] is not None for row in fine)
 
 
-def fails(flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: sweep.main([str(flag) for flag in flags]), sweep.build_parser)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1
-    return error
-
-
 @pytest.mark.parametrize(
     "flags",
     [["--sizes", "1"], ["--sizes", "0"], ["--trials", "0"], ["--lr", "0"], ["--recipe", "best"], ["--table", "x"]],
 )
-def test_wrong_flags(flags, tmp_path, capsys):
-    fails([*TINY, *flags, "--out", tmp_path / "run"], capsys)
+def test_wrong_flags(flags, tmp_path, fails):
+    fails(sweep, [*TINY, *flags, "--out", tmp_path / "run"])
     assert not (tmp_path / "run").exists()
 
 
-def test_a_sweep_in_which_all_diverge_is_one_line(tmp_path, capsys):
+def test_a_sweep_in_which_all_diverge_is_one_line(tmp_path, fails):
     flags = [*TINY, "--recipe", "reference", "--lr", "1e6", "--sizes", "20", "--table", "--out", tmp_path]
-    assert "every network diverged at learning rate 1e+06" in fails(flags, capsys)
+    assert "every network diverged at learning rate 1e+06" in fails(sweep, flags)
 
 
-def test_resuming_with_other_flags_is_refused_and_the_flag_named(tmp_path, capsys):
+def test_resuming_with_other_flags_is_refused_and_the_flag_named(tmp_path, fails):
     run_sweep(tmp_path)
     flags = [*TINY, "--sizes", "5", "30", "90", "--table", "8", "--trials", "2", "--out", tmp_path, "--resume"]
-    assert "--lr" in fails([*flags, "--lr", "0.5"], capsys)
+    assert "--lr" in fails(sweep, [*flags, "--lr", "0.5"])
     (tmp_path / "last.npz").write_bytes(b"PK damaged")
-    assert "last.npz" in fails(flags, capsys)
+    assert "last.npz" in fails(sweep, flags)

@@ -15,7 +15,6 @@ from nl_regression.fitting import fit
 from nl_regression.model import EnsembleMLP
 from nl_regression.recipes import Recipe, points_of
 from nl_regression.target import GRID, IN_POINTS, deltas, target
-from shared_utils.cli import run_main
 
 RECIPE = Recipe(features=8, sigma=5.0, optimizer="adam", lr=2e-3, schedule="cosine", epochs=3, width=16)
 
@@ -178,17 +177,8 @@ def test_the_study_measures_all_methods_on_the_points_of_the_sweep(swept):
     assert metrics["ensemble"]["members"] == 3
 
 
-def fails(script, flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: script.main([str(flag) for flag in flags]), script.build_parser)
-    assert stop.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert len(error.splitlines()) == 1
-    return error
-
-
-def test_a_missing_sweep_names_the_command_that_makes_it(tmp_path, capsys):
-    error = fails(coverage_study, ["--quick", "--runs-dir", tmp_path], capsys)
+def test_a_missing_sweep_names_the_command_that_makes_it(tmp_path, fails):
+    error = fails(coverage_study, ["--quick", "--runs-dir", tmp_path])
     assert f"`python nl_regression/sweep.py --quick --runs-dir {tmp_path}` makes it" in error
     assert not (tmp_path / "nl_regression").exists()
 
@@ -207,8 +197,8 @@ def test_a_missing_sweep_names_the_command_that_makes_it(tmp_path, capsys):
         (benchmark, ["--device", "tpu"], "--device tpu"),
     ],
 )
-def test_wrong_flags(script, flags, said, tmp_path, capsys):
-    assert said in fails(script, [*flags, "--out", tmp_path / "run"], capsys)
+def test_wrong_flags(script, flags, said, tmp_path, fails):
+    assert said in fails(script, [*flags, "--out", tmp_path / "run"])
     assert not (tmp_path / "run").exists()
 
 

@@ -16,7 +16,7 @@ from numpy_nn.layers import Flatten, Linear
 from numpy_nn.mlp import build_mlp
 from numpy_nn.network import Sequential
 from numpy_nn.train_mlp import shifted
-from shared_utils.cli import UserError, run_main
+from shared_utils.cli import UserError
 from shared_utils.runs import ROOT
 
 REAL = ROOT / "data"
@@ -25,17 +25,6 @@ needs_mnist = pytest.mark.skipif(not (REAL / "MNIST/raw").is_dir(), reason="data
 
 def rng(seed=0):
     return np.random.default_rng(seed)
-
-
-def fails(module, flags, capsys, out=None):
-    """The one line that `module` ends with; exit code 2; nothing written to `out`."""
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: module.main([str(flag) for flag in flags]), module.build_parser)
-    assert stop.value.code == 2
-    written = capsys.readouterr()
-    assert len(written.err.strip().splitlines()) == 1, written.err
-    assert out is None or not out.exists()
-    return written.err
 
 
 # --- surfaces and toy data sets -----------------------------------------------------------------------------------
@@ -135,26 +124,26 @@ def test_shifts_move_each_image_by_whole_pixels_and_repeat_the_edge():
     assert len(seen) == 9
 
 
-def test_evaluate_mlp_on_wrong_files(tmp_path, capsys):
+def test_evaluate_mlp_on_wrong_files(tmp_path, fails):
     out, weights, about = tmp_path / "out", tmp_path / "model.npz", tmp_path / "model.json"
     flags = ["--dataset", "digits", "--ckpt", weights, "--out", out]
     right = {"hidden": [6], "activation": "relu", "inputs": 784, "classes": list("0123456789")}
-    assert "model.json" in fails(evaluate_mlp, flags, capsys, out)
+    assert "model.json" in fails(evaluate_mlp, flags, out)
     about.write_text(json.dumps(right))
-    assert "no such file" in fails(evaluate_mlp, flags, capsys, out)
+    assert "no such file" in fails(evaluate_mlp, flags, out)
     weights.write_bytes(b"nothing of the kind")
-    assert "no .npz file" in fails(evaluate_mlp, flags, capsys, out)
+    assert "no .npz file" in fails(evaluate_mlp, flags, out)
     build_mlp([7], "relu", 784, 10).save(weights)
-    assert "another network" in fails(evaluate_mlp, flags, capsys, out)
+    assert "another network" in fails(evaluate_mlp, flags, out)
     for wrong in ({"hidden": 6}, {"activation": "softplus"}, {"hidden": ["6"]}, {"hidden": [-6]}):
         about.write_text(json.dumps({**right, **wrong}))
-        assert "describes no network" in fails(evaluate_mlp, flags, capsys, out), wrong
+        assert "describes no network" in fails(evaluate_mlp, flags, out), wrong
     about.write_text("[1, 2]")
-    assert "describes no network" in fails(evaluate_mlp, flags, capsys, out)
+    assert "describes no network" in fails(evaluate_mlp, flags, out)
     about.write_text(json.dumps({**right, "hidden": [7], "classes": list("abcdefghij")}))
-    assert "not on those of this --dataset" in fails(evaluate_mlp, flags, capsys, out)
+    assert "not on those of this --dataset" in fails(evaluate_mlp, flags, out)
     missing = ["--runs-dir", tmp_path, "--quick"]
-    assert "`python numpy_nn/train_mlp.py --quick" in fails(evaluate_mlp, missing, capsys)
+    assert "`python numpy_nn/train_mlp.py --quick" in fails(evaluate_mlp, missing)
 
 
 def test_evaluate_mlp_finds_the_surest_mistakes(tmp_path):
@@ -219,22 +208,22 @@ def test_neighbouring_weights_of_smooth_filters_correlate():
     assert abs(visualize_filters.neighbour_correlation(rng().standard_normal((500, 1, 5, 5)))) < 0.03
 
 
-def test_visualize_filters_on_wrong_files(tmp_path, capsys):
+def test_visualize_filters_on_wrong_files(tmp_path, fails):
     out, weights, about = tmp_path / "out", tmp_path / "model.npz", tmp_path / "model.json"
     flags = ["--dataset", "digits", "--ckpt", weights, "--out", out]
-    assert "model.json" in fails(visualize_filters, flags, capsys, out)
+    assert "model.json" in fails(visualize_filters, flags, out)
     about.write_text(json.dumps({"hidden": [6]}))
-    assert "names no recipe" in fails(visualize_filters, flags, capsys, out)
+    assert "names no recipe" in fails(visualize_filters, flags, out)
     about.write_text(json.dumps({"recipe": "secret"}))
-    assert "recipe must be one of" in fails(visualize_filters, flags, capsys, out)
+    assert "recipe must be one of" in fails(visualize_filters, flags, out)
     about.write_text(json.dumps({"recipe": "plain"}))
-    assert "no such file" in fails(visualize_filters, flags, capsys, out)
+    assert "no such file" in fails(visualize_filters, flags, out)
     visualize_filters.build_network("strong", rng()).save(weights)
-    assert "another network" in fails(visualize_filters, flags, capsys, out)
+    assert "another network" in fails(visualize_filters, flags, out)
     visualize_filters.build_network("plain", rng()).save(weights)
-    assert "has the classes 0 to 9" in fails(visualize_filters, [*flags, "--digits", "3", "12"], capsys, out)
+    assert "has the classes 0 to 9" in fails(visualize_filters, [*flags, "--digits", "3", "12"], out)
     missing = ["--runs-dir", tmp_path]
-    assert "`python numpy_nn/train_mnist_numpy.py" in fails(visualize_filters, missing, capsys)
+    assert "`python numpy_nn/train_mnist_numpy.py" in fails(visualize_filters, missing)
 
 
 # --- flags --------------------------------------------------------------------------------------------------------
@@ -256,15 +245,15 @@ def test_visualize_filters_on_wrong_files(tmp_path, capsys):
         (visualize_filters, ["--digits", "x"], "0 or more"),
     ],
 )
-def test_wrong_flags(module, flags, message, capsys, tmp_path):
+def test_wrong_flags(module, flags, message, fails, tmp_path):
     out = tmp_path / "out"
-    assert message in fails(module, [*flags, "--out", out], capsys, out)
+    assert message in fails(module, [*flags, "--out", out], out)
 
 
 @pytest.mark.parametrize(("module", "flag"), [(train_mlp, "--lr"), (pooling_comparison, "--lrs")])
-def test_a_loss_that_is_not_finite_names_the_step_and_the_rate(module, flag, capsys, tmp_path):
+def test_a_loss_that_is_not_finite_names_the_step_and_the_rate(module, flag, fails, tmp_path):
     flags = ["--quick", "--seeds", 0, flag, 1e30, "--out", tmp_path / "out"]
-    said = fails(module, flags, capsys)  # one line: no warning of an overflow before it
+    said = fails(module, flags)  # one line: no warning of an overflow before it
     assert "step " in said
     assert "lr " in said
     assert f"try {flag} 1e+29" in said

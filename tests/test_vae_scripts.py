@@ -13,7 +13,6 @@ from PIL import Image
 
 from shared_utils import checkpoint
 from shared_utils.checkpoint import load_arrays
-from shared_utils.cli import run_main
 from shared_utils.runs import ROOT
 from vae import evaluate, latent_space, reconstruct, sample, train
 from vae.inputs import load_binary
@@ -35,16 +34,6 @@ TINY = [
     "--device",
     "cpu",
 ]
-
-
-def fails(module, flags, capsys):
-    """The one line that `module` ends with; exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: module.main([str(flag) for flag in flags]), module.build_parser)
-    assert stop.value.code == 2
-    written = capsys.readouterr()
-    assert len(written.err.strip().splitlines()) == 1, written.err
-    return written.err
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +112,8 @@ def test_weight_decay_is_the_encoders_alone(tmp_path):
     assert norms[30]["decoder"] > 0.9 * norms[0]["decoder"]
 
 
-def test_a_loss_that_is_not_finite_stops_with_step_and_rate(tmp_path, capsys):
-    error = fails(train, [*TINY, "--lr", "1e30", "--schedule", "constant", "--out", tmp_path / "run"], capsys)
+def test_a_loss_that_is_not_finite_stops_with_step_and_rate(tmp_path, fails):
+    error = fails(train, [*TINY, "--lr", "1e30", "--schedule", "constant", "--out", tmp_path / "run"])
     assert "step" in error
     assert "learning rate" in error
 
@@ -136,12 +125,12 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rate(tmp_path, capsys):
         *(["--schedule", "cosine"], ["--samples", "0"], ["--dataset", "nowhere"], ["--val-size", "99999"]),
     ],
 )
-def test_wrong_flags(flags, tmp_path, capsys):
-    fails(train, [*TINY, *flags, "--out", tmp_path / "run"], capsys)
+def test_wrong_flags(flags, tmp_path, fails):
+    fails(train, [*TINY, *flags, "--out", tmp_path / "run"])
 
 
-def test_resuming_with_another_latent_size_is_refused(trained, capsys):
-    error = fails(train, [*TINY, "--runs-dir", trained[0], "--resume", "--z-dim", "4"], capsys)
+def test_resuming_with_another_latent_size_is_refused(trained, fails):
+    error = fails(train, [*TINY, "--runs-dir", trained[0], "--resume", "--z-dim", "4"])
     assert "--z-dim 8" in error
 
 
@@ -159,10 +148,10 @@ def folder_of_images(root, per_class):
     return root
 
 
-def test_a_folder_with_too_few_of_a_class_is_refused_and_told_what_it_has(tmp_path, capsys):
+def test_a_folder_with_too_few_of_a_class_is_refused_and_told_what_it_has(tmp_path, fails):
     folder = folder_of_images(tmp_path / "mine", 12)
     flags = ["--dataset", folder, "--val-size", "4", "--out", tmp_path / "run"]
-    error = fails(train, flags, capsys)
+    error = fails(train, flags)
     assert "1000 images of each class" in error
     assert "--per-class 10" in error
     assert not (tmp_path / "run").exists()
@@ -211,18 +200,18 @@ def test_samples_are_images_of_two_values(trained, tmp_path):
 
 
 @pytest.mark.parametrize("module", [evaluate, latent_space, reconstruct, sample])
-def test_a_missing_checkpoint_names_the_command_that_makes_it(module, tmp_path, capsys):
-    error = fails(module, ["--runs-dir", tmp_path / "empty"], capsys)
+def test_a_missing_checkpoint_names_the_command_that_makes_it(module, tmp_path, fails):
+    error = fails(module, ["--runs-dir", tmp_path / "empty"])
     assert "python vae/train.py" in error
 
 
-def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
+def test_a_damaged_checkpoint_is_one_line(tmp_path, fails):
     (tmp_path / "bad.pth").write_text("no model")
-    assert "damaged" in fails(sample, ["--ckpt", tmp_path / "bad.pth", "--out", tmp_path / "run"], capsys)
+    assert "damaged" in fails(sample, ["--ckpt", tmp_path / "bad.pth", "--out", tmp_path / "run"])
     assert not (tmp_path / "run").exists()
 
 
-def test_a_pair_that_does_not_exist(trained, tmp_path, capsys):
+def test_a_pair_that_does_not_exist(trained, tmp_path, fails):
     flags = [
         "--runs-dir",
         trained[0],
@@ -235,7 +224,7 @@ def test_a_pair_that_does_not_exist(trained, tmp_path, capsys):
         "--out",
         tmp_path / "run",
     ]
-    assert "--pair 99999" in fails(latent_space, [*flags, "--pair", "0", "99999"], capsys)
+    assert "--pair 99999" in fails(latent_space, [*flags, "--pair", "0", "99999"])
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shared_utils.cli import UserError, run_main
+from shared_utils.cli import UserError
 from shared_utils.runs import read_json
 from vae import beta_study, fitting, kl_scaling, latent_study
 from vae.fitting import active_units, fit, measure, model_pictures, new_model, one_cycle, shown_images
@@ -60,16 +60,6 @@ def terms_of_parts(model, x):
 
 def flat(gradients):
     return torch.cat([gradient.flatten() for gradient in gradients])
-
-
-def fails(module, flags, capsys):
-    """The one line that `module` ends with; exit code 2."""
-    with pytest.raises(SystemExit) as stop:
-        run_main(lambda: module.main([str(flag) for flag in flags]), module.build_parser)
-    assert stop.value.code == 2
-    written = capsys.readouterr()
-    assert len(written.err.strip().splitlines()) == 1, written.err
-    return written.err
 
 
 # --- reductions ---------------------------------------------------------------------------------------------------
@@ -351,12 +341,12 @@ def test_latent_study(tmp_path):
         (kl_scaling, ["--dataset", "imagenet"], "neither a known set"),
     ],
 )
-def test_wrong_flags(module, flags, message, capsys, tmp_path):
+def test_wrong_flags(module, flags, message, fails, tmp_path):
     out = tmp_path / "out"
-    assert message in fails(module, [*flags, "--out", out], capsys)
+    assert message in fails(module, [*flags, "--out", out])
     assert not out.exists()
 
 
 @pytest.mark.parametrize("module", [kl_scaling, beta_study, latent_study])
-def test_a_rate_that_is_far_too_high_ends_in_one_line(module, capsys, tmp_path):
-    assert "try a lower --lr" in fails(module, [*TINY, "--lr", 1e6, "--out", tmp_path / "out"], capsys)
+def test_a_rate_that_is_far_too_high_ends_in_one_line(module, fails, tmp_path):
+    assert "try a lower --lr" in fails(module, [*TINY, "--lr", 1e6, "--out", tmp_path / "out"])
