@@ -12,6 +12,25 @@ import torch
 from shared_utils import device, gradcheck, plotting, runs, stats
 from shared_utils.cli import UserError
 from shared_utils.distributed import World, shard
+from shared_utils.schedules import one_cycle
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("updates", [1, 2, 3, 7, 100])
+def test_one_cycle_rises_to_its_peak_and_falls(updates):
+    rates = [one_cycle(step, updates, 0.5) for step in range(updates)]
+    assert all(0 < rate <= 0.5 for rate in rates)
+    assert max(rates) == 0.5
+    top = int(np.argmax(rates))
+    assert top <= 0.25 * updates
+    assert rates[:top] == sorted(rates[:top])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    if updates == 100:
+        assert top == 24
+        assert rates[0] == pytest.approx(0.5 * (1 - math.cos(math.pi / 25)) / 2)
+        assert rates[99] < 0.001
+
 
 # --- gradcheck ----------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from shared_utils.cli import UserError
 from shared_utils.runs import read_json
 from vae import beta_study, fitting, kl_scaling, latent_study
-from vae.fitting import active_units, fit, measure, model_pictures, new_model, one_cycle, shown_images
+from vae.fitting import active_units, fit, measure, model_pictures, new_model, shown_images
 from vae.model import VAE
 
 TINY = ["--dataset", "digits", "--per-class", "20", "--val-size", "100", "--device", "cpu"]
@@ -104,21 +104,6 @@ def test_the_betas_of_the_issue():
 
 
 # --- fitting ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("updates", [1, 2, 3, 7, 100])
-def test_one_cycle_rises_to_its_peak_and_falls(updates):
-    rates = [one_cycle(step, updates, 0.5) for step in range(updates)]
-    assert all(0 < rate <= 0.5 for rate in rates)
-    assert max(rates) == 0.5
-    top = int(np.argmax(rates))
-    assert top <= 0.25 * updates
-    assert rates[:top] == sorted(rates[:top])
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-    if updates == 100:
-        assert top == 24
-        assert rates[0] == pytest.approx(0.5 * (1 - math.cos(math.pi / 25)) / 2)
-        assert rates[99] < 0.001
 
 
 def test_fit_sees_every_image_once_an_epoch_and_lowers_the_loss(monkeypatch):

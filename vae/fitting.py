@@ -17,11 +17,11 @@ from shared_utils.cli import ExperimentParser, UserError, positive_float, positi
 from shared_utils.data import minibatches
 from shared_utils.plotting import image_grid
 from shared_utils.runs import check_finite
+from shared_utils.schedules import one_cycle
 from shared_utils.stats import mean_std
 from vae.inputs import SIDE
 from vae.model import VAE, mean_terms
 
-RISE = 0.25  # part of all updates in which the learning rate rises
 EVAL_SAMPLES = 20  # draws of the latent for each image that is measured
 ACTIVE = 0.01  # variance of a posterior mean over images above which Burda et al. call a latent active
 SHOWN = 8  # samples, and reconstructions, in a row of pictures
@@ -36,16 +36,6 @@ def add_fit_flags(parser: ExperimentParser, epochs: int) -> None:
     parser.add_argument("--batch-size", type=positive_int, default=100, help="images per update")
     parser.add_argument("--samples", type=positive_int, default=2, help="draws of the latent for each image")
     parser.add_argument("--lr", type=positive_float, default=1e-2, help="the highest learning rate")
-
-
-def one_cycle(step: int, updates: int, peak: float) -> float:
-    """The learning rate of update `step` (from 0) of `updates`: up to `peak` along half a cosine, down to 0 again.
-
-    Source: Smith 2018.
-    """
-    rise = max(1.0, RISE * updates)
-    at = min(1, (step + 1) / rise) if step < rise else 1 + (step - rise) / (updates - rise)  # 0 … 1 up, 1 … 2 down
-    return peak * (1 - math.cos(math.pi * at)) / 2
 
 
 def new_model(seed: Sequence[int], x_dim: int, hidden: int, z_dim: int, device) -> tuple[VAE, np.random.Generator]:

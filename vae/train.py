@@ -33,8 +33,8 @@ from shared_utils.data import minibatches
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import curves, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
+from shared_utils.schedules import one_cycle
 from shared_utils.seeding import seed_everything
-from vae.fitting import one_cycle
 from vae.inputs import add_data_flags, load_binary
 from vae.model import VAE, mean_terms
 
