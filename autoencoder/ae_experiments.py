@@ -6,11 +6,13 @@
 
 784 pixels → a code z of K numbers → 784 pixels. Every combination of `--enc-dims`, `--activation`, `--init`,
 `--batchnorm`, `--lr`, `--weight-decay`, `--noise` and `--code-noise` is trained for `--epochs`, as many at once as
-there are cores; the best on the validation images is then trained anew for `--final-epochs`. What is minimised, over
-the N images of a batch and the D pixels, is
+there are cores; the best on the validation images is then trained anew for `--final-epochs` from each of `--seeds`,
+and the best of these on the validation images is kept. What is minimised, over the N images of a batch and D pixels, is
 
-    val_recon = 1/(N D) Σ (x̂ − x)²,    RMSE = √val_recon,    PSNR = −10 log₁₀ val_recon decibels (pixels in [0, 1])
+    MSE = 1/(N D) Σ (x̂ − x)²,    RMSE = √MSE,    PSNR = −10 log₁₀ MSE decibels (pixels in [0, 1])
 
+`val_recon` and `test_recon` are the MSE of the validation and of the test images. With noise x̂ is made from the spoilt
+image and compared with the clean x. Weight decay λ shrinks the weights by lr · λ of themselves at each update.
 Training stops early when `--patience` epochs bring no better validation error, and keeps the best epoch's weights. The
 test images are read once, at the end. PCA with the same K stands beside it (pca.py).
 
@@ -34,7 +36,7 @@ import torch
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from autoencoder.fitting import OPTIMIZERS, Fit, Recipe, fit, reconstruction_errors
-from autoencoder.inputs import SIDE, Inputs, add_data_flags, load_pixels, pixels
+from autoencoder.inputs import SIDE, Inputs, add_data_flags, first_of_each, load_pixels, pixels
 from autoencoder.layers import ACTIVATIONS, INITS
 from autoencoder.models import Autoencoder
 from autoencoder.pca import fit_pca
@@ -65,11 +67,12 @@ BASELINE = {
     "noise": [0.0],
     "code_noise": [0.0],
 }
-WIDE = BASELINE | {"enc_dims": ["1024,512,32"], "activation": ["gelu"], "init": ["he"], "lr": [4e-3]}
+BEST = {"enc_dims": ["1024,512,32"], "activation": ["gelu"], "init": ["xavier"], "batchnorm": ["on"], "lr": [4e-3]}
+SGD_RATES = [1.0, 4.0]  # the mean over pixels makes gradients small, which Adam does not notice
 GRIDS = {
     "baseline": BASELINE,
-    "regularised": WIDE | {"weight_decay": [0.01, 0.03, 0.1, 0.3]},
-    "denoising": WIDE | {"weight_decay": [0.03, 0.1], "noise": [0.1], "code_noise": [0.15]},
+    "regularised": BASELINE | BEST | {"weight_decay": [0.01, 0.03, 0.1, 0.3]},
+    "denoising": BASELINE | BEST | {"weight_decay": [0.03, 0.1], "noise": [0.1], "code_noise": [0.15]},
 }
 
 
@@ -94,14 +97,14 @@ def build_parser():
     parser.add_argument("--weight-decay", type=non_negative_float, **several, help="pull of the weights towards 0")
     parser.add_argument("--noise", type=non_negative_float, **several, help="on the input, in training")
     parser.add_argument("--code-noise", type=non_negative_float, **several, help="on the code, in training")
-    parser.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default="adamw", help="sgd has momentum 0.9, and wants --lr 4"
-    )
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="sgd has momentum 0.9")
     parser.add_argument("--epochs", type=positive_int, default=8, help="of each combination")
     parser.add_argument("--final-epochs", type=positive_int, default=40, help="of the best combination")
     parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1], help="of the best combination")
     parser.add_argument("--batch-size", type=positive_int, default=256, help="images per update")
-    parser.add_argument("--patience", type=positive_int, default=10, help="epochs without a better validation error")
+    parser.add_argument(
+        "--patience", type=positive_int, default=10, help="epochs without better validation error; then stop"
+    )
     amp = "matrix products in bfloat16, parameters and sums in float32"
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help=amp)
     parser.add_argument("--jobs", type=positive_int, help="trainings at once (default: CPU cores; 1 on a GPU)")
@@ -120,11 +123,16 @@ def main(argv=None) -> dict:
     for recipe in grid:  # what cannot be built is said before anything is written
         recipe.build(args.seed, data.x_train.shape[1])
     run = start_run(args)
+    done = run.history()  # of an earlier process, with --resume
+    run.rewind(len(done))  # what a kill left half written goes
+    for recipe, row in zip(grid, done, strict=False):
+        if any(str(value) != row[name] for name, value in factors(recipe).items()):
+            raise UserError("--resume: history.csv is of another grid; start anew without --resume")
     jobs = args.jobs or (1 if device.type != "cpu" else joblib.cpu_count())
     parallel = joblib.Parallel(n_jobs=jobs, return_as="generator")  # in the order of what it is given
     fit_one = joblib.delayed(partial(train, data.x_train.cpu().numpy(), data.x_val.cpu().numpy(), device))
 
-    rest = grid[len(run.history()) :]  # with --resume an earlier process has logged the first ones
+    rest = grid[len(done) :]
     for recipe, (found, _) in zip(rest, parallel(fit_one(recipe, args.seed) for recipe in rest), strict=True):
         run.log(**as_row(recipe, found))
     rows = [{**row, **{name: float(row[name]) for name in NUMBERS}} for row in run.history()]
@@ -132,8 +140,9 @@ def main(argv=None) -> dict:
     best = min(range(len(grid)), key=lambda i: rows[i]["val_recon"])
 
     final = replace(grid[best], epochs=args.final_epochs)
-    print(f"the best of {len(grid)}: {final}; now for {final.epochs} epochs, seeds {args.seeds}", flush=True)
-    fits, weights = zip(*parallel(fit_one(final, seed) for seed in args.seeds), strict=True)
+    seeds = list(dict.fromkeys(args.seeds))
+    print(f"the best of {len(grid)}: {final}; now for {final.epochs} epochs, seeds {seeds}", flush=True)
+    fits, weights = zip(*parallel(fit_one(final, seed) for seed in seeds), strict=True)
     chosen = min(range(len(fits)), key=lambda i: fits[i].val_recon)
     if not math.isfinite(fits[chosen].val_recon):
         raise UserError("every training of the best combination diverged: try a lower --lr")
@@ -141,7 +150,15 @@ def main(argv=None) -> dict:
     model.load_state_dict(weights[chosen])
     save_trained(run.path("best.pth"), Trained(model, final, fits[chosen].val_recon), args)
 
-    test_recon = reconstruction_errors(model, data.x_test).mean().item()
+    test_recons = []  # of every seed: how far another training moves it; nothing is chosen by these
+    for found, state in zip(fits, weights, strict=True):
+        if math.isfinite(found.val_recon):
+            model.load_state_dict(state)
+            test_recons.append(reconstruction_errors(model, data.x_test).mean().item())
+        else:
+            test_recons.append(None)
+    model.load_state_dict(weights[chosen])
+    test_recon = test_recons[chosen]
     pca_recon = fit_pca(data.x_train, model.latent).errors(data.x_test).mean().item()
     rmse, psnr = math.sqrt(test_recon), -10 * math.log10(test_recon)
     print(
@@ -163,16 +180,16 @@ def main(argv=None) -> dict:
             "final_epochs": final.epochs,
             "best_epoch": fits[chosen].best_epoch,
             "val_recon": fits[chosen].val_recon,
-            "val_recon_of_seeds": [found.val_recon for found in fits],
+            "seeds": seeds,
+            "val_recon_of_seeds": [finite(found.val_recon) for found in fits],
+            "test_recon_of_seeds": test_recons,
             "test_recon": test_recon,
             "test_rmse": rmse,
             "test_psnr": psnr,
             "pca_test_recon": pca_recon,
             "below_pca": 1 - test_recon / pca_recon,
             "combinations": len(grid),
-            "grid": [
-                row | {"val_recon": row["val_recon"] if math.isfinite(row["val_recon"]) else None} for row in rows
-            ],
+            "grid": [row | {"val_recon": finite(row["val_recon"])} for row in rows],
             "one_core_grid_seconds": sum(row["seconds"] for row in rows),
             "final_seconds": fits[chosen].seconds,
         }
@@ -184,7 +201,8 @@ def combinations(args) -> list[Recipe]:
 
     Errors: `UserError` for what no network can be built from.
     """
-    values = [getattr(args, name) or GRIDS[args.variant][name] for name in FACTORS]
+    defaults = GRIDS[args.variant] | ({"lr": SGD_RATES} if args.optimizer == "sgd" else {})
+    values = [getattr(args, name) or defaults[name] for name in FACTORS]
     same = {"optimizer": args.optimizer, "epochs": args.epochs, "batch_size": args.batch_size}
     same |= {"patience": args.patience, "amp": args.amp}
     grid = []
@@ -193,7 +211,7 @@ def combinations(args) -> list[Recipe]:
         dims[-1] = args.latent or dims[-1]
         numbers = dict(zip(FACTORS[4:], numbers, strict=True))
         grid.append(Recipe(tuple(dims), activation, init, batchnorm == "on", **numbers, **same))
-    return grid
+    return list(dict.fromkeys(grid))  # --latent may have made two of them the same
 
 
 def train(x_train: np.ndarray, x_val: np.ndarray, device: torch.device, recipe: Recipe, seed: int) -> tuple[Fit, dict]:
@@ -212,13 +230,26 @@ def train(x_train: np.ndarray, x_val: np.ndarray, device: torch.device, recipe: 
     return found, {name: value.cpu() for name, value in model.state_dict().items()}
 
 
+def finite(value: float) -> float | None:
+    """None for what diverged: a JSON file has no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def factors(recipe: Recipe) -> dict:
+    """`FACTORS` of a recipe, as they stand in history.csv."""
+    names = {"enc_dims": recipe.sizes, "activation": recipe.activation, "init": recipe.init}
+    names["batchnorm"] = "on" if recipe.use_batchnorm else "off"
+    return names | {name: getattr(recipe, name) for name in ("lr", "weight_decay", "noise", "code_noise")}
+
+
 def as_row(recipe: Recipe, found: Fit) -> dict:
     """A line of history.csv and grid.csv: the factors, and what came out."""
-    row = {"enc_dims": recipe.sizes, "activation": recipe.activation, "init": recipe.init}
-    row |= {"batchnorm": "on" if recipe.use_batchnorm else "off", "lr": recipe.lr}
-    row |= {"weight_decay": recipe.weight_decay, "noise": recipe.noise, "code_noise": recipe.code_noise}
-    row |= {"val_recon": found.val_recon}
-    return row | {"best_epoch": found.best_epoch, "epochs": len(found.rows), "seconds": found.seconds}
+    return factors(recipe) | {
+        "val_recon": found.val_recon,
+        "best_epoch": found.best_epoch,
+        "epochs": len(found.rows),
+        "seconds": found.seconds,
+    }
 
 
 def write_csv(rows: list[dict], path: Path) -> None:
@@ -243,6 +274,7 @@ def draw_losses(found: Fit, recipe: Recipe, test_recon: float, pca_recon: float,
     )
     ax.plot(found.best_epoch, found.val_recon, "k^", label=f"best on validation: {found.val_recon:.5f}")
     k = recipe.enc_dims[-1]
+    ax.plot(recipe.epochs, test_recon, "o", color=COLORS[2], label=f"test images, best weights: {test_recon:.5f}")
     ax.axhline(
         pca_recon, color="black", linewidth=1, linestyle=":", label=f"PCA, K = {k}, test images: {pca_recon:.5f}"
     )
@@ -259,13 +291,11 @@ def draw_losses(found: Fit, recipe: Recipe, test_recon: float, pca_recon: float,
 def draw_reconstructions(model: Autoencoder, data: Inputs, test_recon: float, about: str):
     """Two test images of each class, their reconstructions, and the difference."""
     figure, axes = new_figure(3, 1, width=10, height=3.1)
-    n = 20
-    chosen = np.concatenate([np.flatnonzero(data.y_test.cpu().numpy() == label)[:2] for label in range(n // 2)])[:n]
-    x = pixels(data.x_test[torch.from_numpy(chosen).to(data.x_test.device)])  # (20, 784)
+    x = pixels(data.x_test[first_of_each(data.y_test, 2, len(data.classes))])  # (n, 784)
     output = model.predict(x)
     named = {"test images": (x, 0, 1), "reconstructions": (output, 0, 1), "difference (± 0.5)": (output - x, -0.5, 0.5)}
     for ax, (name, (values, low, high)) in zip(axes[:, 0], named.items(), strict=True):
-        image_grid(ax, values.reshape(-1, SIDE, SIDE).cpu().numpy(), n, vmin=low, vmax=high)
+        image_grid(ax, values.reshape(-1, SIDE, SIDE).cpu().numpy(), len(x), vmin=low, vmax=high)
         ax.set_title(name, fontsize=10, loc="left")
     shares = [
         fine_share(values) for values in (model.predict(pixels(data.x_test)) - pixels(data.x_test), pixels(data.x_test))
@@ -328,8 +358,9 @@ def draw_grid(rows: list[dict], epochs: int, title: str):
     ranked = sorted(gains.items(), key=lambda item: -item[1])
     spread = "; ".join(f"{name.replace('_', ' ')} {gain:.0%}" for name, gain in ranked)
     figure.suptitle(
-        f"{title}: {len(rows)} combinations of {epochs} epochs\nlines join those that differ in one factor alone\n"
-        f"from the best level to the worst: {spread}"
+        f"{title}: {len(rows)} combinations of {epochs} epochs, one seed each\n"
+        f"lines join those that differ in one factor alone\n"
+        f"the worst level's mean error is above the best's by: {spread}"
     )
     return figure
 

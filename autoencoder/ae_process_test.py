@@ -1,7 +1,8 @@
 """What does a trained autoencoder make of images it has never seen, and what do its first weights look for?
 
     python autoencoder/ae_process_test.py
-    python autoencoder/ae_process_test.py --ckpt runs/autoencoder/ae_experiments_denoising/best.pth --dataset fashion
+    python autoencoder/ae_process_test.py --variant denoising
+    python autoencoder/ae_process_test.py --ckpt runs/autoencoder/mine/best.pth --dataset fashion
 
 Every test image's code z, its reconstruction ŷ and its error; and the encoder's weights as images. A unit of the first
 layer responds to x·w γ/√(σ² + ε) where BatchNorm follows, so w is shown with that scale; the units of the second layer
@@ -9,6 +10,7 @@ are traced back to the pixels by the product W0 W1 of the scaled matrices, which
 
 A code is worth something when near codes mean like images: the 5 nearest among the codes of all training images tell a
 test image's class, beside the 5 nearest in pixels and in PCA's code of the same size (labels are used for this alone).
+Near is by Euclidean distance, and for comparison by the angle between codes less the mean code.
 
 Writes ae_fashion_test_processed.npz, ae_fashion_filters_l1.png, ae_fashion_filters_l2_backproj.png,
 ae_fashion_recon_grid.png, ae_fashion_best_worst.png, metrics.json. In the .npz are Z (N, K), Yhat (N, 784) in [0, 1],
@@ -16,15 +18,19 @@ mse (N,), y (N,), all in the data set's own order, and dataset, its name.
 Shapes: N images, 784 pixels, K numbers of the code, M units.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from autoencoder.embedding import knn_accuracy
+from autoencoder.embedding import vote_accuracy
 from autoencoder.fitting import codes
-from autoencoder.inputs import SIDE, Inputs, add_data_flags, load_pixels, pixels
+from autoencoder.inputs import SIDE, Inputs, add_data_flags, first_of_each, load_pixels, pixels
+from autoencoder.models import Autoencoder
 from autoencoder.pca import fit_pca
-from autoencoder.trained import find_trained, load_trained, process
+from autoencoder.trained import VARIANTS, find_trained, load_trained, process
 from shared_utils.checkpoint import save_arrays
 from shared_utils.cli import make_parser, run_main
 from shared_utils.device import pick_device
@@ -33,14 +39,16 @@ from shared_utils.runs import start_run
 from shared_utils.stats import wilson_interval
 
 FILTERS = 100  # shown, those with the largest weights
-NEIGHBOURS = 5
 
 
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset="fashion", quick={"val_size": 200})
     add_data_flags(parser)
-    parser.add_argument("--ckpt", help="of ae_experiments.py (default: the one it writes)")
+    parser.add_argument(
+        "--variant", choices=VARIANTS, default="baseline", help="whose checkpoint; names the folder too"
+    )
+    parser.add_argument("--ckpt", metavar="FILE", help="another checkpoint of ae_experiments.py")
     return parser
 
 
@@ -48,9 +56,10 @@ def build_parser():
 def main(argv=None) -> dict:
     """Process the test images; returns the metrics."""
     args = build_parser().parse_args(argv)
+    args.script = VARIANTS[args.variant].replace("ae_experiments", "ae_process_test")  # each has its own folder
     device = pick_device(args.device)
     data = load_pixels(args, device)
-    path = args.ckpt or find_trained(args)
+    path = args.ckpt or find_trained(args, args.variant)
     trained = load_trained(path, args, data.x_test.shape[1], device)
     run = start_run(args)
 
@@ -74,7 +83,7 @@ def main(argv=None) -> dict:
 
     by_class = []
     for label, name in enumerate(data.classes):
-        own = errors[data.y_test == label].double()
+        own = errors[data.y_test == label].cpu().double()
         if len(own):
             worst = own.max().item()
             by_class.append({"class": name, "images": len(own), "mse": own.mean().item(), "worst": worst})
@@ -86,39 +95,48 @@ def main(argv=None) -> dict:
             "val_recon": trained.val_recon,
             "test_recon": errors.mean().item(),
             "test_recon_median": errors.median().item(),
-            "share_of_the_worst_tenth": errors.sort().values[-(len(errors) // 10) :].sum().item() / errors.sum().item(),
+            "share_of_the_worst_tenth": errors.sort().values[-max(1, len(errors) // 10) :].sum().item()
+            / errors.sum().item(),
             "by_class": by_class,
             "pixels_of_half_a_filter": localised,
             "pixels_of_half_a_traced_filter": traced_localised,
             # The participation ratio: so many uncorrelated numbers of equal variance would be spread out as much.
             "effective_dimensions": (covariance.trace() ** 2 / covariance.square().sum()).item(),
-            "neighbours": neighbour_rows(data, model, z),
+            "neighbours": neighbour_rows(data, model),
         }
     )
 
 
-def neighbour_rows(data: Inputs, model, z: Tensor) -> list[dict]:
-    """Accuracy of the 5 nearest training images in pixels, PCA's code and the autoencoder's, as rows for a table."""
-    x_train, y_train = torch.cat([data.x_train, data.x_val]), torch.cat([data.y_train, data.y_val])
+def neighbour_rows(data: Inputs, model: Autoencoder) -> list[dict]:
+    """Accuracy of the 5 nearest training images in pixels, PCA's code and the autoencoder's, as rows for a table.
+
+    low, high: Wilson's 95 % interval of "accuracy", by distance; "cosine_accuracy" is by angle.
+    """
     pca = fit_pca(data.x_train, model.latent)
-    spaces = {
-        "pixels": (pixels(x_train), pixels(data.x_test)),
-        f"PCA, {model.latent} numbers": (pca.project(x_train), pca.project(data.x_test)),
-        f"autoencoder, {model.latent} numbers": (codes(model, x_train), z),
-    }
-    rows = []
-    for name, (train, test) in spaces.items():
-        accuracy = knn_accuracy(train, y_train, test, data.y_test, k=NEIGHBOURS)
-        low, high = wilson_interval(round(accuracy * len(test)), len(test))
-        rows.append({"space": name, "dimensions": train.shape[1], "accuracy": accuracy, "low": low, "high": high})
-        print(f"{NEIGHBOURS} nearest neighbours in {name}: {accuracy:.2%} ({low:.2%} to {high:.2%})", flush=True)
+    spaces = {"pixels": pixels, f"PCA, {model.latent} numbers": pca.project}
+    spaces[f"autoencoder, {model.latent} numbers"] = partial(codes, model)
+    n, rows = len(data.y_test), []
+    for name, code in spaces.items():
+        row = {"space": name, "accuracy": vote_accuracy(code, data)}
+        row["low"], row["high"] = wilson_interval(round(row["accuracy"] * n), n)
+        mean = code(data.x_train).mean(0)
+        row["cosine_accuracy"] = vote_accuracy(partial(directions, code, mean), data)
+        rows.append(row)
+        interval = f"{row['accuracy']:.2%} ({row['low']:.2%} to {row['high']:.2%})"
+        print(f"5 nearest in {name}: {interval}, by angle {row['cosine_accuracy']:.2%}", flush=True)
     return rows
+
+
+def directions(code: Callable[[Tensor], Tensor], mean: Tensor, x: Tensor) -> Tensor:
+    """The codes of x less their mean (K,), scaled to length 1: their distances grow with the angle. (N, K)."""
+    centred = code(x) - mean
+    return centred / centred.norm(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 def half_energy(weights: Tensor) -> float:
     """In how many pixels half of a unit's squared weight lies, the largest first: the median over units of (784, M)."""
     energy = weights.square().sort(0, descending=True).values.cumsum(0)  # (784, M)
-    return ((energy < energy[-1] / 2).sum(0) + 1).double().median().item()
+    return ((energy < energy[-1] / 2).sum(0) + 1).float().median().item()
 
 
 def draw_filters(weights: Tensor, title: str):
@@ -137,7 +155,7 @@ def draw_filters(weights: Tensor, title: str):
 def draw_reconstructions(data: Inputs, output: Tensor, errors: Tensor, about: str):
     """The first two test images of each class above their reconstructions, with the error of each."""
     labels = data.y_test.cpu().numpy()
-    chosen = np.concatenate([np.flatnonzero(labels == label)[:2] for label in range(len(data.classes))])
+    chosen = first_of_each(data.y_test, 2, len(data.classes)).cpu().numpy()
     figure, axes = new_figure(2, 1, width=11, height=2.9)
     named = [f"{data.classes[labels[i]].split('/')[0]}" for i in chosen]
     for ax, values, under, what in (

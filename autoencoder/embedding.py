@@ -9,7 +9,7 @@ Shapes: N rows, D columns of the space compared with, k neighbours.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import sklearn
@@ -18,9 +18,11 @@ from matplotlib.axes import Axes
 from sklearn.metrics import silhouette_score
 from torch import Tensor
 
+from autoencoder.inputs import Inputs
 from shared_utils.cli import UserError
 from shared_utils.plotting import COLORS
 
+NEIGHBOURS = 5  # that vote
 CHUNK = 500  # rows: 120 MB of float32 distances to 60,000 others
 SPARE = 16  # candidates beyond the k nearest whose distances are taken again
 MAP_COLORS = (*COLORS[:7], "#999999", "#8C510A", "#9970AB")  # white paper swallows the yellow
@@ -75,16 +77,22 @@ def _vote(labels: Tensor) -> Tensor:
     return (counts * classes - torch.arange(classes, device=labels.device)).argmax(1)
 
 
-def knn_accuracy(x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor, k: int = 5) -> float:
+def knn_accuracy(x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor, k: int = NEIGHBOURS) -> float:
     """Part of x_test (M, D) whose label is that of the majority of its k nearest rows of x_train (N, D)."""
     positions = nearest(x_test, x_train, k)[1]
-    return (_vote(y_train[positions]) == y_test).double().mean().item()
+    return (_vote(y_train[positions]) == y_test).sum().item() / len(y_test)
 
 
-def knn_accuracy_leave_one_out(x: Tensor, y: Tensor, k: int = 5) -> float:
+def vote_accuracy(code: Callable[[Tensor], Tensor], data: Inputs, k: int = NEIGHBOURS) -> float:
+    """`knn_accuracy` of the test images among all others, training and validation; code(x): images x → (N, K)."""
+    x, y = torch.cat([data.x_train, data.x_val]), torch.cat([data.y_train, data.y_val])
+    return knn_accuracy(code(x), y, code(data.x_test), data.y_test, k)
+
+
+def knn_accuracy_leave_one_out(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> float:
     """Part of x (N, D) whose label in y (N,) is that of the majority of its k nearest other rows."""
     positions = nearest(x, x, k, exclude_self=True)[1]
-    return (_vote(y[positions]) == y).double().mean().item()
+    return (_vote(y[positions]) == y).sum().item() / len(y)
 
 
 def trustworthiness(x: Tensor, z: Tensor, k: int, neighbours: Tensor | None = None, chunk: int = CHUNK) -> float:

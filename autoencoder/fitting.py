@@ -1,4 +1,4 @@
-"""Training an autoencoder, which three scripts do: forward, loss, backward, step, in plain sight.
+"""Training an autoencoder: forward, loss, backward, step, in plain sight.
 
 Shapes: N images, B batch, D pixels.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autoencoder.inputs import pixels
-from autoencoder.models import Autoencoder
+from autoencoder.models import PART, Autoencoder
 from autoencoder.optimizers import SGD, AdamW
 from shared_utils.cli import UserError
 from shared_utils.data import minibatches
@@ -26,17 +26,17 @@ OPTIMIZERS = ("adamw", "sgd")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an autoencoder is built and trained.
+    """How an autoencoder is built and trained; by default what won the grid of ae_experiments.py.
 
     lr: the highest learning rate of the cycle. noise, code_noise: standard deviations in training, of noise on the
     input (not on what it is compared with) and on the code.
     patience: epochs without a better validation error after which training stops. amp: products in bfloat16.
     """
 
-    enc_dims: tuple[int, ...] = (512, 256, 32)
+    enc_dims: tuple[int, ...] = (1024, 512, 32)
     activation: str = "gelu"
-    init: str = "he"
-    use_batchnorm: bool = False
+    init: str = "xavier"
+    use_batchnorm: bool = True
     optimizer: str = "adamw"
     lr: float = 4e-3
     weight_decay: float = 0.0
@@ -54,7 +54,9 @@ class Recipe:
     def build(self, seed: int, in_features: int) -> Autoencoder:
         """A fresh model, its weights drawn from `seed`; on the CPU."""
         torch.manual_seed(seed)
-        return Autoencoder(self.enc_dims, None, self.activation, self.init, self.use_batchnorm, in_features=in_features)
+        noise = {"noise": self.noise, "code_noise": self.code_noise}
+        shape = (self.enc_dims, None, self.activation, self.init, self.use_batchnorm)
+        return Autoencoder(*shape, **noise, in_features=in_features)
 
     @property
     def sizes(self) -> str:
@@ -83,11 +85,11 @@ class Fit:
 
 
 @torch.no_grad()
-def fit(model: Autoencoder, recipe: Recipe, x_train: Tensor, x_val: Tensor, seed: int, after_epoch=None) -> Fit:
+def fit(model: Autoencoder, recipe: Recipe, x_train: Tensor, x_val: Tensor, seed: int) -> Fit:
     """Minimise the mean squared error on x_train; `model` ends with the weights of the best epoch on x_val.
 
     x_train, x_val: uint8 (N, D) on the model's device. The order of the images comes from `seed`, noise from PyTorch's
-    generator. after_epoch(row) is called after each epoch.
+    generator.
     Errors: `UserError` with step and rate when the loss is not finite.
     """
     started = time.perf_counter()
@@ -116,8 +118,6 @@ def fit(model: Autoencoder, recipe: Recipe, x_train: Tensor, x_val: Tensor, seed
         row["val_recon"] = reconstruction_errors(model, x_val).mean().item()
         check_finite(row["val_recon"], step, optimizer.lr)
         rows.append(row)
-        if after_epoch:
-            after_epoch(row)
         if row["val_recon"] < best["val_recon"]:
             weights = {name: value.clone() for name, value in model.state_dict().items()}
             best = {"epoch": epoch, "val_recon": row["val_recon"], "weights": weights}
@@ -139,7 +139,7 @@ def check_epoch(losses: Tensor, step: int, lr: float) -> None:
 def reconstruction_errors(model: Autoencoder, x: Tensor) -> Tensor:
     """The mean squared error of each image of x, uint8 (N, D), over its pixels in [0, 1]: (N,)."""
     parts = []
-    for part in x.split(5000):
+    for part in x.split(PART):
         part = pixels(part)
         parts.append((model.predict(part) - part).square_().mean(1))
     return torch.cat(parts)
@@ -148,4 +148,4 @@ def reconstruction_errors(model: Autoencoder, x: Tensor) -> Tensor:
 @torch.no_grad()
 def codes(model: Autoencoder, x: Tensor) -> Tensor:
     """The codes of the images x, uint8 (N, D): float32 (N, K)."""
-    return torch.cat([model.encode(pixels(part)) for part in x.split(5000)])
+    return torch.cat([model.encode(pixels(part)) for part in x.split(PART)])

@@ -54,3 +54,8 @@ def _tensors(images: Images, device) -> tuple[Tensor, Tensor]:
 def pixels(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 (N, D) → values in [0, 1] of `dtype`."""
     return x.to(dtype).div_(255)
+
+
+def first_of_each(y: Tensor, n: int, classes: int) -> Tensor:
+    """Positions in y of the first n images of each class, class by class: int64 (≤ n · classes,)."""
+    return torch.cat([torch.nonzero(y == label)[:n, 0] for label in range(classes)])

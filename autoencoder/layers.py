@@ -95,7 +95,8 @@ class BatchNorm1d(Layer):
     """y = γ x̂ + β,  x̂ = (x − μ) / √(σ² + ε), column by column.  x, y: (N, D); γ, β: (D,).
 
     In training μ and σ² are the batch's own mean and biased variance, and depend on x: the gradient runs through them.
-    In evaluation they are running means, r ← (1 − m) r + m · batch's, of the mean and of the unbiased variance.
+    In evaluation they are running averages: after each batch running ← (1 − momentum) running + momentum · batch's,
+    of the mean and of the unbiased variance.
     Errors: `UserError` for a batch of one in training, which has no variance. Source: Ioffe and Szegedy 2015.
     """
 
@@ -128,7 +129,7 @@ class BatchNorm1d(Layer):
         scale = self.params["gamma"] * self._inverse  # (D,)
         if not self._training:
             return dy * scale
-        n = len(dy)
+        n = len(dy)  # (dy − mean(dy)) − x̂ · mean(dy x̂), then times γ/√(σ² + ε)
         return (dy - dbeta / n).addcmul_(self._x_hat, dgamma / n, value=-1).mul_(scale)  # (N, D)
 
     def scale(self) -> Tensor:
@@ -152,9 +153,8 @@ class GELU(Layer):
 
     def forward(self, x: Tensor, training: bool = False) -> Tensor:
         self._x = x
-        self._cdf = (
-            torch.erf(x * math.sqrt(0.5)).mul_(0.5).add_(0.5)
-        )  # Φ(x); torch.special.ndtr takes seven times as long
+        # Φ(x); torch.special.ndtr gives the same and takes seven times as long.
+        self._cdf = torch.erf(x * math.sqrt(0.5)).mul_(0.5).add_(0.5)
         return x * self._cdf
 
     def backward(self, dy: Tensor, need_dx: bool = True) -> Tensor | None:

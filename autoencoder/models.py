@@ -110,7 +110,7 @@ class Classifier(ManualMLP):
 
     def accuracy(self, x: Tensor, y: Tensor) -> float:
         """Part of the rows of x (N, D) whose largest logit is that of their label in y (N,)."""
-        return (self.predict(x).argmax(1) == y).double().mean().item()
+        return (self.predict(x).argmax(1) == y).sum().item() / len(y)
 
 
 class Regressor(ManualMLP):
@@ -125,7 +125,7 @@ class Autoencoder(Network):
     enc_dims: the encoder's layers, the last of which is the code; dec_dims: the decoder's hidden layers, by default
     the encoder's reversed. Hidden layers are Linear → BatchNorm → activation, the code is Linear alone, the output
     Linear → sigmoid. With activation="linear" there is nothing but Linear layers: such a network can at best find the
-    subspace of PCA (Baldi and Hornik 1989).
+    subspace of PCA (Baldi and Hornik 1989) and may leave [0, 1]; it wants use_batchnorm=False to be linear in training.
     noise: standard deviation of Gaussian noise on the input in training (Vincent et al. 2008). code_noise: the same on
     the code, which BatchNorm then holds at variance 1: else the encoder would only make its numbers larger.
     Errors: `UserError` for a code of more numbers than the input has: it could copy the input.

@@ -71,8 +71,10 @@ class AdamW(Optimizer):
         beta1, beta2 = self.betas
         if not state:
             state |= {"m": torch.zeros_like(w), "v": torch.zeros_like(w)}
+        # m ← m + (1 − β₁)(g − m);  v ← β₂ v + (1 − β₂) g · g, in place: the optimiser's cost is memory traffic
         m, v = state["m"].lerp_(g, 1 - beta1), state["v"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
         if decay:
             w.mul_(1 - self.lr * decay)
         denominator = v.sqrt().div_((1 - beta2**self.t) ** 0.5).add_(self.eps)  # √v̂ + ε
+        # w ← w − lr / (1 − β₁ᵗ) · m / (√v̂ + ε)
         w.addcdiv_(m, denominator, value=-self.lr / (1 - beta1**self.t))

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoencoder.fitting import Recipe, codes, reconstruction_errors
+from autoencoder.fitting import Recipe, codes
 from autoencoder.inputs import pixels
-from autoencoder.models import Autoencoder
+from autoencoder.models import PART, Autoencoder
 from shared_utils import checkpoint
 from shared_utils.cli import UserError
 from shared_utils.runs import find_output
@@ -36,12 +36,7 @@ def save_trained(path: Path, trained: Trained, args) -> None:
 
 def find_trained(args, variant: str = "baseline") -> Path:
     """The checkpoint that `ae_experiments.py --variant …` writes by default; `UserError` with that command if not."""
-    script = VARIANTS[variant]
-    try:
-        return find_output(args, script, "best.pth")
-    except UserError as error:
-        wanted, made_by = f"autoencoder/{script}.py", f"autoencoder/ae_experiments.py --variant {variant}"
-        raise UserError(str(error).replace(wanted, made_by)) from None
+    return find_output(args, VARIANTS[variant], "best.pth", made_by=f"ae_experiments.py --variant {variant}")
 
 
 def load_trained(path: str | Path, args, in_features: int, device: torch.device | str = "cpu") -> Trained:
@@ -59,9 +54,13 @@ def load_trained(path: str | Path, args, in_features: int, device: torch.device 
             raise UserError(f"{path} was trained with {flag} {used}, not {getattr(args, key)}")
     if state["config"]["in_features"] != in_features:
         raise UserError(f"{path} takes {state['config']['in_features']} pixels, these images have {in_features}")
-    model = Autoencoder(**state["config"]).to(device)
-    model.load_state_dict(state["model"], source=path)
+    if state["recipe"].keys() != Recipe().as_dict().keys():
+        raise UserError(f"{path} was written by another version of ae_experiments.py; train again")
     recipe = Recipe(**{**state["recipe"], "enc_dims": tuple(state["recipe"]["enc_dims"])})
+    model = recipe.build(0, in_features).to(device)
+    if model.config != state["config"]:
+        raise UserError(f"{path} is damaged: its recipe builds another network than its weights are of")
+    model.load_state_dict(state["model"], source=path)
     return Trained(model, recipe, state["val_recon"])
 
 
@@ -69,8 +68,11 @@ def load_trained(path: str | Path, args, in_features: int, device: torch.device 
 def process(model: Autoencoder, x: Tensor, y: Tensor, dataset: str) -> dict[str, np.ndarray | str]:
     """What is stored of the images x, uint8 (N, D), and their labels y (N,).
 
-    {"Z": codes (N, K), "Yhat": reconstructions (N, D) in [0, 1], "mse": (N,), "y": (N,), "dataset"}; in x's order.
+    {"Z": codes (N, K), "Yhat": reconstructions (N, D), "mse": (N,), "y": (N,), "dataset"}; in x's order.
     """
-    output = torch.cat([model.predict(pixels(part)) for part in x.split(5000)])  # (N, D)
-    arrays = {"Z": codes(model, x), "Yhat": output, "mse": reconstruction_errors(model, x), "y": y}
+    z = codes(model, x)  # (N, K)
+    output = model.decode(z)  # (N, D)
+    parts = zip(output.split(PART), x.split(PART), strict=True)
+    mse = torch.cat([(part - pixels(target)).square_().mean(1) for part, target in parts])  # (N,)
+    arrays = {"Z": z, "Yhat": output, "mse": mse, "y": y}
     return {**{name: value.cpu().numpy() for name, value in arrays.items()}, "dataset": dataset}

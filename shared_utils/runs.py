@@ -27,7 +27,7 @@ from shared_utils.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 _NOT_FLAGS = ("command", "experiment", "script", "started")
-_MAY_DIFFER = ("resume", "device", "data_dir", "out", "runs_dir")  # on resuming
+_MAY_DIFFER = ("resume", "device", "data_dir", "out", "runs_dir", "jobs")  # on resuming
 _OF_ONE_RUN = ("metrics.json", "history.csv", "last.pth", "last.npz")
 
 
@@ -81,9 +81,12 @@ def run_folder(args: argparse.Namespace, script: str | None = None) -> Path:
     return Path(args.runs_dir) / args.experiment / (script or args.script)
 
 
-def find_output(args: argparse.Namespace, script: str, filename: str, experiment: str | None = None) -> Path:
+def find_output(
+    args: argparse.Namespace, script: str, filename: str, experiment: str | None = None, made_by: str | None = None
+) -> Path:
     """A file that another script wrote, of this experiment or of `experiment`, below the same `--runs-dir`.
 
+    made_by: the script and its flags, where they are not the folder's name: `train.py --variant large`.
     Errors: `UserError` with the command that makes it.
     """
     experiment = experiment or args.experiment
@@ -92,7 +95,7 @@ def find_output(args: argparse.Namespace, script: str, filename: str, experiment
         flags = " --quick" if args.quick else ""
         if args.runs_dir != ("runs/quick" if args.quick else "runs"):
             flags += f" --runs-dir {args.runs_dir}"
-        raise UserError(f"{path} is missing; `python {experiment}/{script}.py{flags}` makes it")
+        raise UserError(f"{path} is missing; `python {experiment}/{made_by or f'{script}.py'}{flags}` makes it")
     return path
 
 
@@ -102,10 +105,13 @@ def figures(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*.png")) if path.stat().st_mtime >= started]
 
 
-def check_finite(loss: float, step: int, lr: float) -> None:
-    """Stop the run when its loss is not finite: `UserError` with the step, the learning rate and what to do."""
+def check_finite(loss: float, step: int, lr: float, flag: str = "--lr") -> None:
+    """Stop the run when its loss is not finite: `UserError` with the step, the learning rate and what to do.
+
+    flag: the one that sets the learning rate.
+    """
     if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step} with learning rate {lr:g}: try a lower --lr")
+        raise UserError(f"the loss is {loss} at step {step} with learning rate {lr:g}: try a lower {flag}")
 
 
 class Run:

@@ -44,3 +44,16 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
     if values.size == 0:
         raise ValueError("no values")
     return float(values.mean()), float(values.std(ddof=1)) if values.size > 1 else 0.0
+
+
+def half_width(values: Sequence[float], confidence: float = 0.95) -> float | None:
+    """Half of the confidence interval of the mean of `values` (Student 1908): the mean ± this. None for one value.
+
+    For a comparison give it the paired differences, one for each seed.
+    """
+    from scipy.stats import t  # takes a second to import
+
+    n = len(values)
+    if n < 2:
+        return None
+    return float(t.ppf((1 + confidence) / 2, n - 1)) * mean_std(values)[1] / math.sqrt(n)

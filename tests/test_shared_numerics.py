@@ -117,6 +117,13 @@ def test_mean_std():
     assert stats.mean_std([4.0]) == (4.0, 0.0)
 
 
+def test_half_width_is_students():
+    # t(0.975; 4 degrees of freedom) = 2.7764, and the standard error of 1 … 5 is √2.5 / √5
+    assert stats.half_width([1, 2, 3, 4, 5]) == pytest.approx(2.7764451 * math.sqrt(0.5))
+    assert stats.half_width([1, 2, 3], confidence=0.9) == pytest.approx(2.9199856 / math.sqrt(3))
+    assert stats.half_width([7.0]) is None
+
+
 # --- plotting -----------------------------------------------------------------------------------------------------
 
 
