@@ -274,7 +274,7 @@ def draw_losses(found: Fit, recipe: Recipe, test_recon: float, pca_recon: float,
     )
     ax.plot(found.best_epoch, found.val_recon, "k^", label=f"best on validation: {found.val_recon:.5f}")
     k = recipe.enc_dims[-1]
-    ax.plot(recipe.epochs, test_recon, "o", color=COLORS[2], label=f"test images, best weights: {test_recon:.5f}")
+    ax.plot(found.best_epoch, test_recon, "o", color=COLORS[2], label=f"test images, best weights: {test_recon:.5f}")
     ax.axhline(
         pca_recon, color="black", linewidth=1, linestyle=":", label=f"PCA, K = {k}, test images: {pca_recon:.5f}"
     )

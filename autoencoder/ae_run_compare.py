@@ -155,8 +155,9 @@ def draw_maps(found: dict, rows: list[dict], shown: np.ndarray, data: Inputs, se
         keeps = f"5-NN accuracy {row['knn_accuracy']:.1%}, trustworthiness {row['trustworthiness']:.3f}"
         ax.set_xlabel(f"the codes themselves: {keeps}")
     accuracies = " and ".join(f"{row['knn_accuracy']:.1%} ({row['variant']})" for row in rows)
-    p, n = rows[0]["knn_accuracy"], len(data.y_test)
-    sure = f"95 % interval of each ± {100 * 1.96 * np.sqrt(p * (1 - p) / n):.1f} points"
+    n = len(data.y_test)
+    widest = max(1.96 * np.sqrt(p * (1 - p) / n) for p in (row["knn_accuracy"] for row in rows))
+    sure = f"95 % interval of each ± {100 * widest:.1f} points"
     figure.suptitle(
         f"{data.title}, UMAP of {len(shown):,} test images' codes\n"
         f"5 neighbours among the codes tell the class in {accuracies}; {sure}"

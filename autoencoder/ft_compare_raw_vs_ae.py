@@ -45,13 +45,14 @@ from shared_utils.cli import (
 )
 from shared_utils.data import minibatches, stratified_order
 from shared_utils.device import cpu_threads, pick_device
-from shared_utils.plotting import COLORS, mean_std, new_figure, save_figure
+from shared_utils.plotting import COLORS, line_style, mean_std, new_figure, save_figure
 from shared_utils.runs import check_finite, start_run
 from shared_utils.schedules import one_cycle
 from shared_utils.seeding import seed_everything
 from shared_utils.stats import half_width, mcnemar, wilson_interval
 from shared_utils.stats import mean_std as mean_and_std
 
+DIFFERENCE = ("difference", "half_width")  # of the paired accuracies, and half of its interval
 NAMES = {"raw": "raw pixels", "pca": "PCA codes", "codes": "autoencoder's codes", "denoising": "denoising codes"}
 
 
@@ -176,7 +177,7 @@ def paired(values: list[float], rivals: list[float]) -> dict:
     mean, std = mean_and_std(difference)
     half = half_width(difference)
     wins = None if half is None or abs(mean) <= half else mean > 0  # None: the seeds' noise is larger
-    return {"difference": mean, "difference_std": std, "half_interval": half, "wins": wins}
+    return {"difference": mean, "difference_std": std, "half_width": half, "wins": wins}
 
 
 def summarise(accuracies: dict) -> list[dict]:
@@ -254,8 +255,11 @@ def draw_labels(accuracies: dict, rows: list[dict], title: str):
             values = 100 * np.array([by_labels[n][name] for n in labels]).T  # (seeds, labels)
             mean_std(above, labels, values, label=NAMES[name], index=index)
             if name != "raw":
-                raw = 100 * np.array([by_labels[n]["raw"] for n in labels]).T
-                mean_std(below, labels, values - raw, label=f"{NAMES[name]} − raw pixels", index=index)
+                own = [row for row in rows if row["classifier"] == kind]  # one for each of `labels`
+                mean, half = (np.array([100 * (row[f"{name}_{key}"] or 0) for row in own]) for key in DIFFERENCE)
+                style = line_style(index)
+                below.plot(labels, mean, marker="o", markersize=4, label=f"{NAMES[name]} − raw pixels", **style)
+                below.fill_between(labels, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)
         below.axhline(0, color=COLORS[0], linewidth=1)
         above.set(title=kind, xscale="log")
         below.set(xlabel="labelled images")
@@ -264,7 +268,7 @@ def draw_labels(accuracies: dict, rows: list[dict], title: str):
         above.legend(fontsize=9)
         below.legend(fontsize=9)
     axes[0, 0].set(ylabel="test accuracy (%), mean ± std over seeds")
-    axes[1, 0].set(ylabel="difference (points), paired by seed")
+    axes[1, 0].set(ylabel="difference (points), mean and its 95 % interval")
     said = "\n".join(lines)
     figure.suptitle(f"{title}: at which numbers of labels do the autoencoder's codes beat raw pixels?\n{said}")
     return figure

@@ -2,7 +2,7 @@
 
     python autoencoder/train_mlp.py
     python autoencoder/train_mlp.py --hidden 64
-    python autoencoder/train_mlp.py --lrs 0.03 --out runs/autoencoder/train_mlp_one_rate
+    python autoencoder/train_mlp.py --lr 0.03 --out runs/autoencoder/train_mlp_one_rate
 
 Two synthetic problems, a small one each for the heads in models.py: three interleaved spirals to tell apart, and a sine
 of rising frequency to fit, both with noise. Each is learnt by {BatchNorm, none} × {He, Xavier}; for one seed all four
@@ -10,16 +10,17 @@ start from the same draws of the weights and see the same batches. SGD with mome
 
     L = data term + λ/2 · Σ W²,   data term: cross-entropy, or the mean squared error of the standardised y
 
-No rate suits all four, and which one wins depends on it: each is shown at the rate of `--lrs` whose last score on
-validation is best, the mean over the seeds; the test points are read at that rate alone. A difference is called clear
-when its 95 % interval over the seeds (Student's t of the paired differences) leaves zero out; the points are one draw,
-whose luck the interval does not cover, and of twenty such intervals one does so by chance.
+No learning rate suits all four. Each is shown at the rate of `--lr` whose last score on the validation points is best,
+in the mean over the seeds. The test points are read at that rate alone. A difference is called clear when its 95 %
+interval over the seeds (Student's t of the paired differences) leaves zero out. The interval does not cover the draw of
+the points, which is one; and of twenty intervals one leaves zero out by chance.
 
-With one input and 64 units He's first weights are 8 times Xavier's (variance 2/D against 2/(D + M)), not √2 times. As
-a control in the regression, the two swap first layers, each at its own rate.
-Two layers hardly strain an initialisation otherwise, so the last figure follows a batch forward, and random gradients
-backward, through `--depth-probe` layers that nobody trained: He's variance is made for ReLU, Xavier's (half of it, as
-D = M) halves the signal's power at each layer, and BatchNorm resets it.
+He's variance is 2/D, Xavier's 2/(D + M). In a square layer He's weights are √2 times as large; in the first layer of
+the regression, from 1 input to 64 units, 8 times. As a control there, the two swap first layers.
+
+Two layers hardly strain an initialisation. The last figure follows a batch forward, and a random gradient backward,
+through `--depth-probe` untrained layers. A ReLU sets half of its input to zero: He's variance makes up for that,
+Xavier's does not, and BatchNorm brings each layer's output back to variance 1.
 
 Writes clf_curves_loss.png, clf_curves_acc.png, reg_curves_loss.png, reg_curves_mse.png, decision_regions.png,
 fitted_function.png, signal_through_depth.png, history.csv, metrics.json.
@@ -154,7 +155,7 @@ def fit_variant(problem: Problem, name: str, seeds: list[int], args) -> tuple[li
     A rate at which a seed diverges is out (score None). Errors: `UserError` when all are, or the input is bad.
     """
     scores, best, failed = {}, None, None
-    for lr in dict.fromkeys(args.lrs):
+    for lr in dict.fromkeys(args.lr):
         scores[f"{lr:g}"] = None
         try:
             fits = [train(problem, *VARIANTS[name], seed, lr, args) for seed in seeds]
@@ -167,7 +168,7 @@ def fit_variant(problem: Problem, name: str, seeds: list[int], args) -> tuple[li
         if best is None or wins > best[0]:
             best = wins, [network for network, _ in fits], curves | {"lr": lr}
     if best is None:
-        raise UserError(f"{name}: no rate of --lrs works: {failed}")
+        raise UserError(f"{name}: no rate of --lr works: {failed}")
     return best[1], best[2], scores
 
 
@@ -222,7 +223,7 @@ def signal_through_depth(use_batchnorm: bool, init: str, depth: int, seed: int) 
 
 def build_parser():
     """The command line."""
-    quick = {"seeds": [0, 1], "epochs": 10, "hidden": [32, 32], "lrs": [0.03]}
+    quick = {"seeds": [0, 1], "epochs": 10, "hidden": [32, 32], "lr": [0.03]}
     parser = make_parser(__doc__, dataset=None, quick=quick)
     parser.set_defaults(device="cpu")  # networks this small gain nothing from a GPU
     parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2, 3, 4], help="weights, batches")
@@ -230,7 +231,7 @@ def build_parser():
     parser.add_argument("--epochs", type=positive_int, default=100, help="passes over the training points")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="points per update")
     parser.add_argument(
-        "--lrs", type=positive_float, nargs="+", default=[0.003, 0.01, 0.03, 0.1], help="rates to choose from"
+        "--lr", type=positive_float, nargs="+", default=[0.003, 0.01, 0.03, 0.1], help="rates to choose from"
     )
     parser.add_argument("--depth-probe", type=positive_int, default=20, help="layers of the stack nobody trains")
     return parser
@@ -360,9 +361,9 @@ def draw_fits(problem: Problem, networks, values, found, swapped):
             label = "fitted, one a seed" if number == 0 else None
             ax.plot(x, fitted, color=line_style(index)["color"], linewidth=1, alpha=0.7, label=label)
         mean, std = mean_and_std(values["test_score"][name])
-        ax.set_title(f"{name}: test MSE {mean:.2f} ± {std:.2f} (units of y)²")
+        ax.set_title(f"{name}: test MSE {mean:.2f} ± {std:.2f}")
     figure.supxlabel("x")
-    figure.supylabel("y (units of y)")
+    figure.supylabel("y")
     axes[0, 0].legend(loc="upper left", fontsize=8)
     about = f"noisy sine: mean ± std over {len(of_seeds)} seeds; the noise alone gives a test MSE of {NOISE**2:g}"
     he, xavier = (mean_and_std(mse) for mse in swapped.values())
@@ -378,7 +379,7 @@ def draw_signal(signal: dict[str, np.ndarray], metrics: dict):
     for index, (name, found) in enumerate(signal.items()):
         for ax, direction in zip(axes[0], (0, 1), strict=True):
             mean_std(ax, range(1, found.shape[2] + 1), found[:, direction], label=name, index=index, marker=None)
-    titles = ("forward: each layer's output", "backward: the loss's gradient there")
+    titles = ("forward: each layer's output", "backward: a random gradient put in at the top")
     for ax, title, key in zip(axes[0], titles, ("forward_ratio", "backward_ratio"), strict=True):
         ax.set(xlabel="hidden layer (1 is next to the input)", yscale="log", ylabel="standard deviation", title=title)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -389,7 +390,9 @@ def draw_signal(signal: dict[str, np.ndarray], metrics: dict):
     for direction, key in (("outputs", "forward_ratio"), ("gradients", "backward_ratio")):
         he, xavier, *normed = (f"× {metrics[key][name]:.2g}" for name in VARIANTS)
         lines.append(f"{direction}: {he} with He, {xavier} with Xavier; with BatchNorm {' and '.join(normed)}")
-    figure.suptitle(f"{depth} untrained ReLU layers, first to last on the way\n" + "\n".join(lines))
+    figure.suptitle(
+        f"{depth} untrained ReLU layers: what comes out, as a multiple of what goes in\n" + "\n".join(lines)
+    )
     return figure
 
 

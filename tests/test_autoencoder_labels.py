@@ -197,8 +197,8 @@ def test_a_win_lies_beyond_the_noise_of_the_seeds(shift):
     test = ttest_rel(ours, raw)
     low, high = test.confidence_interval(0.95)
     found = paired(ours, raw)
-    assert found["difference"] - found["half_interval"] == pytest.approx(low)
-    assert found["difference"] + found["half_interval"] == pytest.approx(high)
+    assert found["difference"] - found["half_width"] == pytest.approx(low)
+    assert found["difference"] + found["half_width"] == pytest.approx(high)
     assert found["difference_std"] == pytest.approx(np.std(np.subtract(ours, raw), ddof=1))
     assert found["wins"] is (None if test.pvalue > 0.05 else shift > 0)
 

@@ -172,14 +172,14 @@ def test_the_rate_is_chosen_on_validation(monkeypatch):
         return f"network at {lr}", {"val_score": np.array([0.0, last[lr] + seed])}
 
     monkeypatch.setattr(train_mlp, "train", train)
-    args = arguments("--lrs", "0.1", "0.4", "0.2", "0.3")
+    args = arguments("--lr", "0.1", "0.4", "0.2", "0.3")
     for draw, best in ((noisy_chirp, 0.2), (spirals, 0.1)):  # a small error, a large accuracy
         networks, curves, scores = train_mlp.fit_variant(problem(draw), "BatchNorm, He", [0, 1], args)
         assert curves["lr"] == best
         assert networks == [f"network at {best}"] * 2
         assert scores == {"0.1": 5.5, "0.4": None, "0.2": 2.5, "0.3": 3.5}
-    with pytest.raises(train_mlp.UserError, match=r"no rate of --lrs works: diverged"):
-        train_mlp.fit_variant(problem(spirals), "BatchNorm, He", [0], arguments("--lrs", "0.4"))
+    with pytest.raises(train_mlp.UserError, match=r"no rate of --lr works: diverged"):
+        train_mlp.fit_variant(problem(spirals), "BatchNorm, He", [0], arguments("--lr", "0.4"))
 
 
 def test_effects_are_paired_and_their_intervals_student_s():
@@ -221,7 +221,7 @@ def test_the_signal_halves_its_power_a_layer_with_xavier_alone():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--lrs", "0"], "finite number above 0"),
+        (["--lr", "0"], "finite number above 0"),
         (["--hidden", "0"], "above 0"),
         (["--seeds", "-1"], "0 or more"),
         (["--depth-probe", "0"], "above 0"),
@@ -231,7 +231,7 @@ def test_wrong_flags(flags, message, fails, tmp_path):
     assert message in fails(train_mlp, [*flags, "--out", tmp_path / "out"], tmp_path / "out")
 
 
-@pytest.mark.parametrize(("flags", "message"), [(["--lrs", 1e30], "step"), (["--batch-size", 1], "batch of one")])
+@pytest.mark.parametrize(("flags", "message"), [(["--lr", 1e30], "step"), (["--batch-size", 1], "batch of one")])
 def test_what_cannot_be_trained_ends_in_one_line(flags, message, fails, tmp_path):
     flags = ["--quick", "--seeds", 0, "--epochs", 2, "--hidden", 4, *flags, "--out", tmp_path / "out"]
     assert message in fails(train_mlp, flags)
