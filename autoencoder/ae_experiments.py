@@ -67,6 +67,7 @@ BASELINE = {
     "noise": [0.0],
     "code_noise": [0.0],
 }
+# What won the baseline's grid: the variants differ from it in their penalty alone.
 BEST = {"enc_dims": ["1024,512,32"], "activation": ["gelu"], "init": ["xavier"], "batchnorm": ["on"], "lr": [4e-3]}
 SGD_RATES = [1.0, 4.0]  # the mean over pixels makes gradients small, which Adam does not notice
 GRIDS = {
@@ -189,6 +190,7 @@ def main(argv=None) -> dict:
             "pca_test_recon": pca_recon,
             "below_pca": 1 - test_recon / pca_recon,
             "combinations": len(grid),
+            "spreads": spreads(effects(rows)),
             "grid": [row | {"val_recon": finite(row["val_recon"])} for row in rows],
             "one_core_grid_seconds": sum(row["seconds"] for row in rows),
             "final_seconds": fits[chosen].seconds,
@@ -328,6 +330,11 @@ def effects(rows: list[dict]) -> dict[str, dict]:
     return found
 
 
+def spreads(found: dict[str, dict]) -> dict[str, float]:
+    """How far each factor's worst level lies above its best, as a part of the best; found: of `effects`."""
+    return {factor: max(means.values()) / min(means.values()) - 1 for factor, means in found.items()}
+
+
 def matched(rows: list[dict], factor: str) -> list[dict]:
     """Groups of combinations that differ in `factor` alone: in each, level → val_recon. None of them diverged."""
     groups = {}
@@ -354,8 +361,7 @@ def draw_grid(rows: list[dict], epochs: int, title: str):
         ax.set(xlabel=factor.replace("_", " "), xlim=(-0.4, len(at) - 0.6))
     axes[0, 0].set_ylabel("validation MSE per pixel")
     axes[0, 0].legend(loc="upper right")
-    gains = {factor: max(means.values()) / min(means.values()) - 1 for factor, means in found.items()}
-    ranked = sorted(gains.items(), key=lambda item: -item[1])
+    ranked = sorted(spreads(found).items(), key=lambda item: -item[1])
     spread = "; ".join(f"{name.replace('_', ' ')} {gain:.0%}" for name, gain in ranked)
     figure.suptitle(
         f"{title}: {len(rows)} combinations of {epochs} epochs, one seed each\n"

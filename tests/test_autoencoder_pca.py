@@ -208,6 +208,12 @@ def test_rows_of_the_comparison(tmp_path, data):
         assert row["below_pca"] == pytest.approx(1 - row["ae_mse"] / row["pca_mse"])
     assert not metrics["linear"]["reached"]
     assert metrics["linear"]["updates"] == 20
+    # The rival of the linear autoencoder is PCA of the training images, and both are measured on the test images.
+    oracle, x = SklearnPCA(3).fit(pixels(data.x_train, torch.float64)), pixels(data.x_test, torch.float64).numpy()
+    expected = ((oracle.inverse_transform(oracle.transform(x)) - x) ** 2).mean()
+    assert metrics["linear"]["pca_test_mse"] == pytest.approx(expected)
+    assert metrics["linear"]["test_mse"] > expected
+    assert metrics["linear"]["test_excess"] == pytest.approx(metrics["linear"]["test_mse"] / expected - 1)
 
 
 @torch.no_grad()
