@@ -38,7 +38,7 @@ from shared_utils.plotting import image_grid, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.stats import wilson_interval
 
-FILTERS = 100  # shown, those with the largest weights
+FILTERS, ACROSS = 56, 14  # shown, in a row, those with the largest weights
 
 
 def build_parser():
@@ -143,8 +143,8 @@ def draw_filters(weights: Tensor, title: str):
     """The units with the largest weights (784, M), each scaled to its own largest weight."""
     order = weights.norm(dim=0).argsort(descending=True)[:FILTERS]
     shown = (weights / weights.abs().amax(0).clamp(min=1e-12))[:, order].T.reshape(-1, SIDE, SIDE).cpu().numpy()
-    columns = min(20, len(shown))
-    figure, axes = new_figure(width=10, height=1.7 + 0.48 * -(-len(shown) // columns))
+    columns = min(ACROSS, len(shown))
+    figure, axes = new_figure(width=10, height=1.3 + 0.66 * -(-len(shown) // columns))
     image_grid(axes[0, 0], shown, columns, vmin=-1, vmax=1, cmap="RdBu_r")
     figure.colorbar(axes[0, 0].images[0], ax=axes[0, 0], label="weight / largest")
     of = f"{len(shown)} of {weights.shape[1]} units, those with the largest weights first"
