@@ -72,7 +72,7 @@ BEST = {"enc_dims": ["1024,512,32"], "activation": ["gelu"], "init": ["xavier"],
 SGD_RATES = [1.0, 4.0]  # the mean over pixels makes gradients small, which Adam does not notice
 GRIDS = {
     "baseline": BASELINE,
-    "regularised": BASELINE | BEST | {"weight_decay": [0.01, 0.03, 0.1, 0.3]},
+    "regularised": BASELINE | BEST | {"weight_decay": [0.03, 0.1, 0.3, 1.0]},
     "denoising": BASELINE | BEST | {"weight_decay": [0.03, 0.1], "noise": [0.1], "code_noise": [0.15]},
 }
 
