@@ -70,7 +70,8 @@ def main(argv=None) -> dict:
 
     difference = found["reg"]["mse"].astype(np.float64) - found["base"]["mse"]  # (N,), of the same images
     mean, error = difference.mean(), difference.std(ddof=1) / np.sqrt(len(difference))
-    change = f"regularised − baseline: {mean:+.5f} ± {error:.5f} per pixel (mean ± standard error over images)"
+    change = f"regularised − baseline: {mean:+.6f} ± {error:.6f} per pixel (mean ± standard error over images)"
+    change = change.replace("-", "−")
     save_figure(draw_errors(found, data, f"{data.title}\n{change}"), run.path("ae_compare_mse.png"))
     save_figure(draw_reconstructions(found, models, data), run.path("ae_compare_recon.png"))
     save_figure(draw_maps(found, rows, shown, data, args.seed), run.path("ae_compare_umap.png"))
@@ -119,11 +120,13 @@ def draw_errors(found: dict, data: Inputs, title: str):
     own = [difference[labels == label] for label in range(len(data.classes))]
     means = [values.mean() if len(values) else np.nan for values in own]
     errors = [values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan for values in own]
-    right.errorbar(means, range(len(own)), xerr=errors, fmt="o", color=COLORS[0])
+    right.errorbar(1e4 * np.array(means), range(len(own)), xerr=1e4 * np.array(errors), fmt="o", color=COLORS[0])
     right.axvline(0, color="black", linewidth=1)
     right.set_yticks(range(len(own)), data.classes)
     right.invert_yaxis()
-    right.set(xlabel="regularised − baseline, MSE (mean ± standard error)", title="by class: left of 0 it helps")
+    right.set(
+        xlabel="regularised − baseline, in 0.0001 of MSE (mean ± standard error)", title="by class: left of 0 it helps"
+    )
     figure.suptitle(title)
     return figure
 
