@@ -247,7 +247,7 @@ def test_standard_errors_are_of_the_mean_over_test_images(tmp_path, args, data, 
     difference = errors[1].astype(np.float64) - errors[0]
     found = {tag: {"mse": mse, "y": data.y_test.numpy()} for tag, mse in zip(("base", "reg"), errors, strict=True)}
     bars = ae_run_compare.draw_errors(found, data, "").axes[1].collections[0].get_segments()
-    halves = [np.ptp(segment[:, 0]) / 2 for segment in bars]
+    halves = [np.ptp(segment[:, 0]) / 2 * 1e-4 for segment in bars]  # drawn in units of 0.0001
     assert halves == pytest.approx([sem(difference[data.y_test == label]) for label in range(10)], rel=1e-4)
 
     without_figures(monkeypatch, ae_run_compare)
