@@ -6,14 +6,15 @@
 1. For each size K of the code: the mean squared error of the test images (per pixel, of values in [0, 1]) of an
    autoencoder and of PCA, both fitted to the same training images; and the accuracy of a 5-nearest-neighbour vote among
    the codes of training and validation images. PCA may step out of [0, 1], so its error after clipping is given too.
-2. With Linear layers alone, x̂ = x W_e W_d, the autoencoder can do no better than PCA, and every minimum is PCA's
-   subspace: the rows of W_d span u_1 … u_K (Baldi and Hornik 1989). Its axes are not found: W_e A and A⁻¹ W_d give the
-   same x̂ for every invertible A. Gradient descent, with the same hand-written backward pass, gets there here.
+2. With Linear layers alone, x̂ = x W_e W_d, the autoencoder can do no better than PCA: the error has no local minima
+   but global ones, where the rows of W_d span PCA's u_1 … u_K; its other critical points are saddles (Baldi and Hornik
+   1989). The axes are not found: W_e A and A⁻¹ W_d give the same x̂ for every invertible A. AdamW, with the same
+   hand-written backward pass, gets there here.
    The mean squared error over all images, tr((I − W_e W_d)ᵀ C (I − W_e W_d)) / D with centred pixels, and so its
    gradient, depends on the images through their covariance C alone. So R + 1 pseudo-images of mean zero and covariance
    C, R ≤ D its rank, stand for all N of them: the same full-batch gradient for a seventieth of the time.
-   Of the encoder, directions in which the images hardly vary are hardly determined; measured is the subspace of C W_e,
-   the rows of the decoder that fits the codes x W_e best.
+   The encoder's subspace is measured as that of C W_e. Directions in which the images hardly vary are hardly determined
+   in W_e itself; and the best decoder for given codes is W_d = (W_eᵀ C W_e)⁻¹ W_eᵀ C, whose rows span just that.
 
 Writes mse_vs_k.png, knn_vs_k.png, linear_ae_is_pca.png, history.csv, metrics.json.
 Sources: Baldi and Hornik 1989; Eckart and Young 1936; Hinton and Salakhutdinov 2006 for the comparison.
