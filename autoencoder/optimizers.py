@@ -75,6 +75,6 @@ class AdamW(Optimizer):
         m, v = state["m"].lerp_(g, 1 - beta1), state["v"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
         if decay:
             w.mul_(1 - self.lr * decay)
-        denominator = v.sqrt().div_((1 - beta2**self.t) ** 0.5).add_(self.eps)  # √v̂ + ε
-        # w ← w − lr / (1 − β₁ᵗ) · m / (√v̂ + ε)
-        w.addcdiv_(m, denominator, value=-self.lr / (1 - beta1**self.t))
+        # w ← w − lr √c₂ / c₁ · m / (√v + ε √c₂),  c = 1 − βᵗ: the docstring's step, its fraction multiplied by √c₂
+        c1, root = 1 - beta1**self.t, (1 - beta2**self.t) ** 0.5
+        w.addcdiv_(m, v.sqrt().add_(self.eps * root), value=-self.lr * root / c1)
