@@ -1,0 +1,196 @@
+"""Augmentations of a whole batch at once, each image with random parameters of its own.
+
+    generator = torch.Generator(x.device).manual_seed(0)
+    x = random_crop(random_flip(x, generator), generator)        # uint8 (N, 3, H, W) in, the same out
+
+Each comes as a pure function of images and per-image parameters (`flip`, `crop`, `color_jitter`, `cutout`) that equals
+torchvision's image by image, and as a `random_…` one that draws the parameters. They are drawn on the generator's
+device: from one on the CPU the same everywhere, from one on the images' device without a copy.
+
+Sources: Krizhevsky et al. 2012 (flip, crop); DeVries and Taylor 2017 (Cutout); Jordan 2024, arXiv 2404.00498
+(alternating flip). Shapes: N images, H W pixels.
+"""
+
+import torch
+from torch import Generator, Tensor
+
+from cnn_cifar.models import CIFAR10_MEAN
+from shared_utils.cli import UserError
+
+GRAY = (0.2989, 0.587, 0.114)  # of red, green and blue, as ITU-R BT.601 and torchvision weigh them
+
+
+# --- flip ---------------------------------------------------------------------------------------------------------
+
+
+def flip(x: Tensor, mask: Tensor) -> Tensor:
+    """Mirror the images where mask (N,) is true, left to right."""
+    return torch.where(mask[:, None, None, None], x.flip(-1), x)
+
+
+def random_flip(x: Tensor, generator: Generator) -> Tensor:
+    """Mirror each image with probability ½."""
+    _check_images(x)
+    return flip(x, flip_coins(len(x), generator).to(x.device))
+
+
+def flip_coins(n: int, generator: Generator) -> Tensor:
+    """A fair coin for each of n images: bool (n,), on the generator's device."""
+    return torch.rand(n, generator=generator, device=generator.device) < 0.5
+
+
+def alternating_flip(x: Tensor, coins: Tensor, epoch: int) -> Tensor:
+    """Mirror each image in every other epoch, which its coin says: two epochs show every image both ways.
+
+    coins: bool (N,), those of `flip_coins` for the whole training set, tossed once, at the batch's positions. With
+    `random_flip` half of the images would look in the second epoch as they did in the first.
+    """
+    _check_images(x)
+    return flip(x, coins ^ (epoch % 2 == 1))
+
+
+# --- crop ---------------------------------------------------------------------------------------------------------
+
+
+def crop(x: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
+    """The H×W window of each image, padded by reflection, that begins at row top and column left, int64 (N,) each.
+
+    Both run from 0 to 2 padding; `padding` itself gives the image back.
+    """
+    h, w = x.shape[2:]
+    rows, columns = (_reflected(side, padding, x.device) for side in (h, w))
+    padded = x[:, :, rows[:, None], columns]  # (N, 3, H + 2p, W + 2p)
+    windows = padded.unfold(2, h, 1).unfold(3, w, 1)  # (N, 3, 2p + 1, 2p + 1, H, W), a view: nothing is copied
+    return windows[torch.arange(len(x), device=x.device), :, top, left]  # (N, 3, H, W)
+
+
+def random_crop(x: Tensor, generator: Generator, padding: int = 4) -> Tensor:
+    """Shift each image by up to `padding` pixels in both directions; what comes in is its mirror image at the border.
+
+    Errors: `UserError` when the padding is negative or the image's side or more: there is nothing left to reflect.
+    """
+    _check_images(x)
+    if not 0 <= padding < min(x.shape[2:]):
+        raise UserError(f"images of {x.shape[2]}×{x.shape[3]} cannot be padded with {padding} reflected pixels")
+    shape = (2, len(x))
+    top, left = torch.randint(2 * padding + 1, shape, generator=generator, device=generator.device).to(x.device)
+    return crop(x, top, left, padding)
+
+
+def _reflected(side: int, padding: int, device: torch.device) -> Tensor:
+    """The source of each position of a padded row: p, …, 1, 0, 1, …, side − 1, side − 2, …: int64 (side + 2p,)."""
+    position = torch.arange(-padding, side + padding, device=device).abs()
+    return (side - 1) - (side - 1 - position).abs()
+
+
+# --- colour jitter ------------------------------------------------------------------------------------------------
+
+
+def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
+    """x · factor: float images of [0, 1] (N, 3, H, W), factor (N,) from 0 on. So are the others' arguments."""
+    return (x * _per_image(factor)).clamp(0, 1)
+
+
+def adjust_contrast(x: Tensor, factor: Tensor) -> Tensor:
+    """The blend of each image with the mean of its grey values: 0 is that grey, 1 the image, 2 twice as far from it."""
+    return _blend(x, _gray(x).mean((1, 2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(x: Tensor, factor: Tensor) -> Tensor:
+    """The blend of each image with its grey version: 0 is grey, 1 the image."""
+    return _blend(x, _gray(x), factor)
+
+
+def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn each image's hue by shift (N,) of the colour circle, from −½ to ½; value and saturation stay.
+
+    In HSV: value V = max, chroma C = max − min, hue in sixths of the circle from red. Each channel is a function of the
+    hue alone, V − C · clamp(min(k, 4 − k), 0, 1) with k = (n + hue) mod 6 and n = 5, 3, 1 for red, green and blue.
+    """
+    r, g, b = x.unbind(1)  # (N, H, W) each
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    divisor = chroma.masked_fill(chroma == 0, 1)  # grey has no hue, and any will do
+    blue_or_green = torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor)
+    hue = torch.where(value == r, (g - b) / divisor, blue_or_green)[:, None] + 6 * _per_image(shift)  # (N, 1, H, W)
+    k = (hue + x.new_tensor([5, 3, 1])[:, None, None]) % 6  # (N, 3, H, W)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def color_jitter(x: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor) -> Tensor:
+    """Brightness, contrast, saturation and hue in this order, by factors (N,) each; uint8 in, uint8 out.
+
+    torchvision's `ColorJitter` draws the order anew each time and rounds down after each step; here the order is fixed
+    and the one rounding at the end is to the nearest.
+    """
+    y = adjust_contrast(adjust_brightness(x / 255, brightness), contrast)
+    y = adjust_hue(adjust_saturation(y, saturation), hue)
+    return (255 * y).round().to(torch.uint8)
+
+
+def random_color_jitter(
+    x: Tensor,
+    generator: Generator,
+    brightness: float = 0.2,
+    contrast: float = 0.2,
+    saturation: float = 0.2,
+    hue: float = 0.05,
+) -> Tensor:
+    """`color_jitter` with each image's factors uniform in [1 − s, 1 + s] (from 0 on), its hue's shift in [−hue, hue].
+
+    Errors: `UserError` when a strength is negative or that of the hue above ½.
+    """
+    _check_images(x)
+    if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
+        strengths = f"{brightness:g}, {contrast:g}, {saturation:g}, {hue:g}"
+        raise UserError(f"colour jitter: strengths are 0 or more, that of the hue at most 0.5, got {strengths}")
+    low = x.new_tensor([*(max(0, 1 - s) for s in (brightness, contrast, saturation)), -hue], dtype=torch.float32)
+    high = x.new_tensor([*(1 + s for s in (brightness, contrast, saturation)), hue], dtype=torch.float32)
+    uniform = torch.rand(len(x), 4, generator=generator, device=generator.device).to(x.device)
+    return color_jitter(x, *(low + (high - low) * uniform).unbind(1))
+
+
+def _per_image(factor: Tensor) -> Tensor:
+    return factor[:, None, None, None]  # (N, 1, 1, 1)
+
+
+def _gray(x: Tensor) -> Tensor:
+    return (x * x.new_tensor(GRAY)[:, None, None]).sum(1, keepdim=True)  # (N, 1, H, W)
+
+
+def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
+    factor = _per_image(factor)
+    return (factor * x + (1 - factor) * other).clamp(0, 1)
+
+
+# --- Cutout -------------------------------------------------------------------------------------------------------
+
+
+def cutout(x: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
+    """Paint a size×size square with CIFAR-10's mean colour, which the network's normalisation makes 0.
+
+    top, left: int64 (N,), the square's first row and column; what lies outside the image is cut off.
+    """
+    row, column = (torch.arange(side, device=x.device) for side in x.shape[2:])
+    in_rows = (row >= top[:, None]) & (row < top[:, None] + size)  # (N, H)
+    in_columns = (column >= left[:, None]) & (column < left[:, None] + size)  # (N, W)
+    inside = (in_rows[:, :, None] & in_columns[:, None])[:, None]  # (N, 1, H, W)
+    colour = (255 * torch.tensor(CIFAR10_MEAN, device=x.device)).round().to(torch.uint8)[:, None, None]
+    return torch.where(inside, colour, x)
+
+
+def random_cutout(x: Tensor, generator: Generator, size: int = 8) -> Tensor:
+    """`cutout` of a square whose middle is any pixel of the image with the same probability.
+
+    Errors: `UserError` when the size is below 1.
+    """
+    _check_images(x)
+    if size < 1:
+        raise UserError(f"Cutout: the square's side is at least 1 pixel, got {size}")
+    uniform = torch.rand(2, len(x), generator=generator, device=generator.device).to(x.device)
+    row, column = (uniform * uniform.new_tensor(x.shape[2:])[:, None]).long()  # (2, N) → (N,) twice
+    return cutout(x, row - size // 2, column - size // 2, size)
+
+
+def _check_images(x: Tensor) -> None:
+    if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
+        raise UserError(f"augmentations take uint8 images (N, 3, H, W), got {x.dtype} {tuple(x.shape)}")
