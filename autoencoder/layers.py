@@ -109,12 +109,14 @@ class BatchNorm1d(Layer):
             if n < 2:
                 raise UserError("BatchNorm cannot be trained on a batch of one image: it has no variance")
             mean = x.mean(0)
-            var = (x - mean).square_().mean(0)  # torch.var_mean takes twenty times as long on a CPU, down the columns
+        centred = x - mean  # (N, D)
+        if training:
+            var = centred.square().mean(0)  # torch.var_mean takes twenty times as long on a CPU, down the columns
             self.buffers["running_mean"].lerp_(mean, self.momentum)
             self.buffers["running_var"].lerp_(var * (n / (n - 1)), self.momentum)
         self._training = training
         self._inverse = (var + self.eps).rsqrt()  # (D,)
-        self._x_hat = (x - mean).mul_(self._inverse)  # (N, D)
+        self._x_hat = centred.mul_(self._inverse)
         return torch.addcmul(self.params["beta"], self.params["gamma"], self._x_hat)
 
     def backward(self, dy: Tensor, need_dx: bool = True) -> Tensor | None:
@@ -152,7 +154,7 @@ class GELU(Layer):
     def forward(self, x: Tensor, training: bool = False) -> Tensor:
         self._x = x
         # Φ(x); torch.special.ndtr gives the same and takes seven times as long.
-        self._cdf = torch.erf(x * math.sqrt(0.5)).mul_(0.5).add_(0.5)
+        self._cdf = (x * math.sqrt(0.5)).erf_().mul_(0.5).add_(0.5)
         return x * self._cdf
 
     def backward(self, dy: Tensor, need_dx: bool = True) -> Tensor | None:
