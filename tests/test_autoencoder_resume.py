@@ -1,4 +1,4 @@
-"""autoencoder: a grid that was killed goes on, and ends with the weights of one that was not."""
+"""autoencoder: a grid that was killed goes on and ends with the weights of one that was not; the benchmark is fair."""
 
 import subprocess
 import sys
@@ -58,3 +58,22 @@ def test_the_history_of_another_grid_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(ae_experiments, "GRIDS", {**grids, "baseline": grids["baseline"] | changed})
     with pytest.raises(UserError, match="another grid"):
         ae_experiments.main([*flags, "--resume"])
+
+
+@pytest.mark.parametrize("use_batchnorm", [False, True])
+def test_the_benchmark_compares_gradients_of_the_same_network(use_batchnorm, monkeypatch):
+    from autoencoder import benchmark
+    from autoencoder.fitting import Recipe
+    from autoencoder.layers import Linear
+
+    recipe = Recipe((16, 8, 4), use_batchnorm=use_batchnorm)
+    assert benchmark.gradient_error(recipe, 0) < 1e-12
+    right = Linear.backward
+
+    def wrong(self, dy, need_dx=True):
+        dx = right(self, dy, need_dx)
+        self.grads["W"] = self.grads["W"] * 1.001
+        return dx
+
+    monkeypatch.setattr(Linear, "backward", wrong)
+    assert benchmark.gradient_error(recipe, 0) > 1e-5
