@@ -302,7 +302,9 @@ def draw_reconstructions(model: Autoencoder, data: Inputs, test_recon: float, ab
     shares = [
         fine_share(values) for values in (model.predict(pixels(data.x_test)) - pixels(data.x_test), pixels(data.x_test))
     ]
-    lost = f"wavelengths under {FINE} pixels are {shares[0]:.0%} of the error, {shares[1]:.0%} of the images"
+    lost = (
+        f"wavelengths under {FINE} pixels hold {shares[0]:.0%} of the error's variance, {shares[1]:.0%} of the images'"
+    )
     psnr = -10 * math.log10(test_recon)
     figure.suptitle(f"{about}: test MSE {test_recon:.5f}, PSNR {psnr:.1f} dB\n{lost}")
     return figure
@@ -360,12 +362,12 @@ def draw_grid(rows: list[dict], epochs: int, title: str):
         ax.set_xticks(list(at.values()), [f"{level:g}" if isinstance(level, float) else level for level in at])
         ax.set(xlabel=factor.replace("_", " "), xlim=(-0.4, len(at) - 0.6))
     axes[0, 0].set_ylabel("validation MSE per pixel")
-    axes[0, 0].legend(loc="upper right")
+    axes[0, 0].legend(loc="best")
     ranked = sorted(spreads(found).items(), key=lambda item: -item[1])
-    spread = "; ".join(f"{name.replace('_', ' ')} {gain:.0%}" for name, gain in ranked)
+    spread = "; ".join(f"{name.replace('_', ' ')} {gain:.1%}" for name, gain in ranked)
     figure.suptitle(
         f"{title}: {len(rows)} combinations of {epochs} epochs, one seed each\n"
-        f"lines join those that differ in one factor alone\n"
+        f"lines join those that differ in one factor alone, and show what a mean hides\n"
         f"the worst level's mean error is above the best's by: {spread}"
     )
     return figure

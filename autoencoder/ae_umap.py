@@ -191,7 +191,7 @@ def main(argv=None) -> dict:
     ours, theirs = table["UMAP of codes", "spectral"], table["UMAP of pixels", "spectral"]
     verdicts = {name: verdict(ours, theirs, name) for name in MEASURES}
     y, about = y.cpu().numpy(), f"{data.title}, {n:,} test images, K = {latent}"
-    figure = draw_maps(maps, pca_codes[:, :2].numpy(), y, data.classes, table, verdicts, about)
+    figure = draw_maps(maps, pca_codes[:, :2].numpy(), y, data.classes, table, about)
     save_figure(figure, run.path("ae_fashion_umap.png"), dpi=100)
     save_figure(draw_stability(maps, stability, y, args.seeds, about), run.path("umap_stability.png"), dpi=100)
     return run.finish(
@@ -212,10 +212,10 @@ def _shown(row: dict, name: str) -> str:
     return f"{scale * row[name]:.{digits}f}{spread}".replace("-", "−") + (" %" if scale == 100 else "")
 
 
-def draw_maps(maps: dict, pca_map: np.ndarray, y: np.ndarray, classes, table: dict, verdicts: dict, about: str):
+def draw_maps(maps: dict, pca_map: np.ndarray, y: np.ndarray, classes, table: dict, about: str):
     """UMAP of the three spaces (spectral start, first seed) and PCA, the measures beneath each."""
     panels = {f"UMAP of {name}": drawn[0] for (name, start), drawn in maps.items() if start == "spectral"}
-    figure, axes = new_figure(2, 2, width=9.6, height=10.2)
+    figure, axes = new_figure(2, 2, width=9.6, height=10.6)
     for ax, (space, z) in zip(axes.flat, [*panels.items(), ("PCA-2", pca_map)], strict=True):
         row = table[space, "spectral" if space in panels else ""]
         draw_map(ax, z, y, classes)
@@ -224,11 +224,12 @@ def draw_maps(maps: dict, pca_map: np.ndarray, y: np.ndarray, classes, table: di
         lines = [f"5-NN accuracy {_shown(row, 'leave_one_out_accuracy')}, silhouette {_shown(row, 'silhouette')}"]
         lines += [f"trustworthiness {_shown(row, 'trustworthiness')}, continuity {_shown(row, 'continuity')}"]
         ax.set(title=title, xlabel="\n".join(lines))
-    ours, theirs = table["UMAP of codes", "spectral"], table["UMAP of pixels", "spectral"]
-    found = [
-        f"{label} {_shown(ours, name)} against {_shown(theirs, name)}: {verdicts[name]}"
-        for name, label in (("leave_one_out_accuracy", "5-NN accuracy"), ("silhouette", "silhouette"))
-    ]
+    found = []
+    for start in ("spectral", "random"):
+        ours, theirs = table["UMAP of codes", start], table["UMAP of pixels", start]
+        for name, label in (("leave_one_out_accuracy", "5-NN accuracy"), ("silhouette", "silhouette")):
+            said = f"{label} {_shown(ours, name)} against {_shown(theirs, name)}: {verdict(ours, theirs, name)}"
+            found.append(f"{start} start: {said}")
     seeds = f"(mean ± standard deviation over {ours['seeds']} seeds)"
     title = f"{about}\nClasses in the map of the codes against that of the pixels {seeds}:\n"
     figure.suptitle(title + "\n".join(found))
@@ -268,8 +269,10 @@ def draw_stability(maps: dict, stability: dict, y: np.ndarray, seeds: list[int],
         for start, (ours, theirs) in means.items()
     ]
     found = "; ".join(found)
-    what = "the two most different maps of each kind laid over each other, arrows between class medians"
-    figure.suptitle(f"{about}: how much of a map is the seed?\nMean disparity, {found}\n({what})")
+    what = "the two most different maps of each kind laid over each other, the second in the classes' colours"
+    figure.suptitle(
+        f"{about}: how much of a map is the seed?\nMean disparity, {found}\n({what}; arrows between class medians)"
+    )
     return figure
 
 

@@ -268,7 +268,7 @@ def draw_labels(accuracies: dict, rows: list[dict], title: str):
         above.legend(fontsize=9)
         below.legend(fontsize=9)
     axes[0, 0].set(ylabel="test accuracy (%), mean ± std over seeds")
-    axes[1, 0].set(ylabel="difference (points), mean and its 95 % interval")
+    axes[1, 0].set(ylabel="difference (points), 95 % interval")
     said = "\n".join(lines)
     figure.suptitle(f"{title}: at which numbers of labels do the autoencoder's codes beat raw pixels?\n{said}")
     return figure

@@ -3,8 +3,9 @@
     generator = torch.Generator(x.device).manual_seed(0)
     x = random_crop(random_flip(x, generator), generator)        # uint8 (N, 3, H, W) in, the same out
 
-Each comes as a pure function of images and per-image parameters (`flip`, `crop`, `color_jitter`, `cutout`) that equals
-torchvision's image by image, and as a `random_…` one that draws the parameters. They are drawn on the generator's
+Each comes as a pure function of images and per-image parameters and as a `random_…` one that draws the parameters.
+`flip`, `crop` and `cutout` (an erased square) equal torchvision's image by image, `color_jitter` up to its order and
+rounding. They are drawn on the generator's
 device: from one on the CPU the same everywhere, from one on the images' device without a copy.
 
 Sources: Krizhevsky et al. 2012 (flip, crop); DeVries and Taylor 2017 (Cutout); Jordan 2024, arXiv 2404.00498
@@ -40,7 +41,7 @@ def flip_coins(n: int, generator: Generator) -> Tensor:
 
 
 def alternating_flip(x: Tensor, coins: Tensor, epoch: int) -> Tensor:
-    """Mirror each image in every other epoch, which its coin says: two epochs show every image both ways.
+    """Mirror each image in every other epoch; its coin says in which: two epochs show every image both ways.
 
     coins: bool (N,), those of `flip_coins` for the whole training set, tossed once, at the batch's positions. With
     `random_flip` half of the images would look in the second epoch as they did in the first.

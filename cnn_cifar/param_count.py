@@ -8,7 +8,7 @@ output positions:
 
     FLOPs = 2 · k² C_in C_out · H W      (a multiply-add counts as 2; a linear layer has k = H = W = 1).
 
-So early layers, of few channels and many positions, cost arithmetic, and late ones memory. What BatchNorm, biases, ReLU
+So few weights at many positions can cost as much arithmetic as many weights at few. What BatchNorm, biases, ReLU
 and pooling add is left out, as is usual; forward hooks read the sizes off a pass without numbers (on PyTorch's meta
 device). The table says of each layer how many of its parameters decay (`get_param_groups`). metrics.json has the total
 beside that of torchvision's model, where there is one.

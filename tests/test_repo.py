@@ -21,6 +21,7 @@ SCRIPTS = [p for p in SOURCES if p.parent.name in EXPERIMENTS and "def build_par
 READMES = sorted([ROOT / "README.md", *ROOT.glob("*/README.md")])
 PROVIDED = {
     "PIL": "matplotlib",
+    "umap": "umap-learn",
     "scipy": "scikit-learn",
     "joblib": "scikit-learn",
     "threadpoolctl": "scikit-learn",
