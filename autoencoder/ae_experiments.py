@@ -351,7 +351,7 @@ def draw_grid(rows: list[dict], epochs: int, title: str):
     best = min(rows, key=lambda row: row["val_recon"])
     found = effects(rows) or {"enc_dims": {best["enc_dims"]: best["val_recon"]}}
     n = len(found)
-    figure, axes = new_figure(1, n, width=max(6.0, 2.6 * n), height=4.4, sharey=True)
+    figure, axes = new_figure(1, n, width=max(7.4, 2.6 * n), height=4.4, sharey=True)
     for ax, (factor, means) in zip(axes[0], found.items(), strict=True):
         at = {level: i for i, level in enumerate(means)}
         for group in matched(rows, factor):
@@ -362,12 +362,13 @@ def draw_grid(rows: list[dict], epochs: int, title: str):
         ax.set_xticks(list(at.values()), [f"{level:g}" if isinstance(level, float) else level for level in at])
         ax.set(xlabel=factor.replace("_", " "), xlim=(-0.4, len(at) - 0.6))
     axes[0, 0].set_ylabel("validation MSE per pixel")
-    axes[0, 0].legend(loc="best")
     ranked = sorted(spreads(found).items(), key=lambda item: -item[1])
     spread = "; ".join(f"{name.replace('_', ' ')} {gain:.1%}" for name, gain in ranked)
+    joined = "lines join those that differ in one factor alone, and show what a mean hides\n"
+    if n > 1:
+        axes[0, 0].legend(loc="best")
     figure.suptitle(
-        f"{title}: {len(rows)} combinations of {epochs} epochs, one seed each\n"
-        f"lines join those that differ in one factor alone, and show what a mean hides\n"
+        f"{title}: {len(rows)} combinations of {epochs} epochs, one seed each\n{joined if n > 1 else ''}"
         f"the worst level's mean error is above the best's by: {spread}"
     )
     return figure
