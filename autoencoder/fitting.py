@@ -20,7 +20,7 @@ from shared_utils.device import autocast
 from shared_utils.runs import check_finite
 from shared_utils.schedules import one_cycle
 
-BETAS = (0.9, 0.99)  # of AdamW: with 0.999 the error after 8 epochs is 4 % higher
+BETAS = (0.9, 0.99)  # of AdamW: the usual 0.999 remembers a thousand updates, of the few thousand there are
 OPTIMIZERS = ("adamw", "sgd")
 
 
