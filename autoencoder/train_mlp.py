@@ -306,22 +306,26 @@ def draw_problem(key, problem, networks, curves, values, found, swapped, early, 
 
 
 def draw_curves(curves, found, what: str, ylabel: str, about: str, scale: float, digits: int, early: int):
-    """Loss or score of the four variants against epochs, training left and validation right, mean ± std over seeds."""
+    """Loss or score of the four variants against epochs, training left and validation right: mean and range of the seeds."""
     figure, axes = new_figure(1, 2, width=11, height=5, sharey=True)
     for ax, part in zip(axes[0], ("train", "val"), strict=True):
         for index, (name, of_variant) in enumerate(curves.items()):
             values = scale * of_variant[f"{part}_{what}"]  # (S, E + 1)
             label = f"{name}, lr {of_variant['lr']:g}"
-            mean_std(ax, range(values.shape[1]), values, label=label, index=index, marker=None)
+            ax.plot(values.mean(0), label=label, **line_style(index))
+            across = {"color": line_style(index)["color"], "alpha": 0.2, "linewidth": 0}
+            ax.fill_between(range(values.shape[1]), values.min(0), values.max(0), **across)  # ± std may leave the axis
         ax.set(xlabel="epochs", title={"train": "training points", "val": "validation points"}[part])
         if scale == 1:
-            low = min(of_variant[f"{p}_{what}"].min() for of_variant in curves.values() for p in ("train", "val"))
-            ax.set(yscale="log", ylim=(low / 1.5, None))  # a band that reaches below zero has no bottom
+            ax.set(yscale="log")
         ax.legend()
     axes[0, 0].set_ylabel(ylabel)
     ends = {early: f"early_val_{what}", values.shape[1] - 1: f"val_{what}"}
     effects_said = [f"epoch {epoch}: {said(found[key], scale, digits)}" for epoch, key in ends.items()]
-    figure.suptitle(f"{about} (validation, with 95 % intervals over seeds)\n" + "\n".join(effects_said))
+    figure.suptitle(
+        f"{about} ; bands: smallest to largest seed; differences with 95 % intervals, validation:\n"
+        + "\n".join(effects_said)
+    )
     return figure
 
 
