@@ -294,11 +294,8 @@ def draw_problem(key, problem, networks, curves, values, found, swapped, early, 
         save_figure(draw_regions(problem, networks, values, found), run.path("decision_regions.png"))
     else:
         about, scale, digits = "noisy sine, error in (units of y)²", 1, 3
-        loss, score, filename = (
-            "objective: MSE of standardised y + λ/2 Σ W²",
-            "MSE in (units of y)²",
-            "reg_curves_mse.png",
-        )
+        loss = "objective: MSE of standardised y + λ/2 Σ W²"
+        score, filename = "MSE in (units of y)²", "reg_curves_mse.png"
         save_figure(draw_fits(problem, networks, values, found, swapped), run.path("fitted_function.png"))
     loss_figure = draw_curves(curves, found, "loss", loss, about.split(",")[0] + ", objective", 1, 3, early)
     save_figure(loss_figure, run.path(f"{key}_curves_loss.png"))
@@ -306,15 +303,14 @@ def draw_problem(key, problem, networks, curves, values, found, swapped, early, 
 
 
 def draw_curves(curves, found, what: str, ylabel: str, about: str, scale: float, digits: int, early: int):
-    """Loss or score of the four variants against epochs, training left and validation right: mean and range of the seeds."""
+    """Loss or score of the four variants against epochs, training left, validation right: mean and range of seeds."""
     figure, axes = new_figure(1, 2, width=11, height=5, sharey=True)
     for ax, part in zip(axes[0], ("train", "val"), strict=True):
         for index, (name, of_variant) in enumerate(curves.items()):
             values = scale * of_variant[f"{part}_{what}"]  # (S, E + 1)
-            label = f"{name}, lr {of_variant['lr']:g}"
-            ax.plot(values.mean(0), label=label, **line_style(index))
-            across = {"color": line_style(index)["color"], "alpha": 0.2, "linewidth": 0}
-            ax.fill_between(range(values.shape[1]), values.min(0), values.max(0), **across)  # ± std may leave the axis
+            style = line_style(index)
+            ax.plot(values.mean(0), label=f"{name}, lr {of_variant['lr']:g}", **style)
+            ax.fill_between(range(values.shape[1]), values.min(0), values.max(0), color=style["color"], alpha=0.2)
         ax.set(xlabel="epochs", title={"train": "training points", "val": "validation points"}[part])
         if scale == 1:
             ax.set(yscale="log")
@@ -322,10 +318,8 @@ def draw_curves(curves, found, what: str, ylabel: str, about: str, scale: float,
     axes[0, 0].set_ylabel(ylabel)
     ends = {early: f"early_val_{what}", values.shape[1] - 1: f"val_{what}"}
     effects_said = [f"epoch {epoch}: {said(found[key], scale, digits)}" for epoch, key in ends.items()]
-    figure.suptitle(
-        f"{about} ; bands: smallest to largest seed; differences with 95 % intervals, validation:\n"
-        + "\n".join(effects_said)
-    )
+    what = "bands: all seeds; differences on validation points with 95 % intervals"
+    figure.suptitle(f"{about}; {what}\n" + "\n".join(effects_said))
     return figure
 
 
