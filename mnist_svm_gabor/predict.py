@@ -13,14 +13,13 @@ Writes predictions.png, predictions.csv, metrics.json.
 """
 
 import csv
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from mnist_svm_gabor.classifier import Classifier
 from shared_utils.cli import UserError, make_parser, run_main
-from shared_utils.data import IMAGE_SUFFIXES, load_images, read_image
+from shared_utils.data import image_files, load_images, read_image
 from shared_utils.device import pick_device
 from shared_utils.plotting import image_grid, new_figure, save_figure
 from shared_utils.runs import find_output, replacing, start_run
@@ -67,17 +66,6 @@ def as_mnist(picture: np.ndarray, name: str) -> np.ndarray:
     return out
 
 
-def files_in(paths: list[str]) -> list[Path]:
-    """The image files named, those of a folder in order. Errors: `UserError` for a folder without one."""
-    files = []
-    for path in map(Path, paths):
-        found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
-        if not found:
-            raise UserError(f"{path} has no image ({', '.join(IMAGE_SUFFIXES)})")
-        files += found
-    return files
-
-
 def main(argv=None) -> dict:
     """Classify what is asked for; returns the metrics."""
     args = build_parser().parse_args(argv)
@@ -85,7 +73,7 @@ def main(argv=None) -> dict:
     classifier = Classifier.load(args.model or find_output(args, "train", "gabor.npz"))
     labels, source = None, "the pictures given"
     if args.paths:
-        names = [str(path) for path in files_in(args.paths)]
+        names = [str(path) for path in image_files(args.paths)]
         x = np.stack([as_mnist(read_image(name, channels=1), name) for name in names])
     else:
         test = load_images(args.dataset, "test", args.data_dir, shape=(1, 28, 28))[:24]

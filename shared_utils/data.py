@@ -312,6 +312,17 @@ def read_image(path: str | Path, shape: tuple[int, int, int] | None = None, chan
     return pixels[None] if pixels.ndim == 2 else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
+def image_files(paths: list[str]) -> list[Path]:
+    """The files named, a folder standing for its images in order. Errors: `UserError` for a folder without one."""
+    files = []
+    for path in map(Path, paths):
+        found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        if not found:
+            raise UserError(f"{path} has no image ({', '.join(IMAGE_SUFFIXES)})")
+        files += found
+    return files
+
+
 def _load_book(title: str, root: Path) -> str:
     address, expected = _TEXTS[title]
     path = root / "texts" / f"{title}.txt"

@@ -28,7 +28,7 @@ from shared_utils.cli import UserError
 ROOT = Path(__file__).resolve().parent.parent
 _NOT_FLAGS = ("command", "experiment", "script", "started")
 _MAY_DIFFER = ("resume", "device", "data_dir", "out", "runs_dir", "jobs")  # on resuming
-_OF_ONE_RUN = ("metrics.json", "history.csv", "last.pth", "last.npz")
+_OF_ONE_RUN = ("metrics.json", "history.csv", "*last.pth", "last.npz")
 
 
 @contextmanager
@@ -203,7 +203,8 @@ def start_run(args: argparse.Namespace, *, writes: bool = True) -> Run:
         if known:
             if not resumes:
                 for name in _OF_ONE_RUN:
-                    (folder / name).unlink(missing_ok=True)
+                    for left in folder.glob(name):
+                        left.unlink()
             for left in folder.glob(".*.*"):  # what a killed run was writing
                 if re.fullmatch(r"\..+\.\d+\.\w+", left.name):
                     left.unlink()

@@ -1,0 +1,266 @@
+"""Where does the time of a training step go: into the images, or into the network?
+
+    python cnn_cifar/benchmark.py
+    python cnn_cifar/benchmark.py --device cuda --batches 100
+
+Four measurements, images per second of each: (1) the input pipeline alone, flip, crop and colour jitter: whole batches
+at once on the device (augment.py), and torchvision's transforms image by image in a `DataLoader` with 0, 1, 2 … worker
+processes; (2) All-CNN's training step alone, in float32 and bfloat16, with the channels first or last in memory;
+(3) both together, with either pipeline; (4) on a GPU, the part of the time in which it computes (`torch.profiler`).
+Each pair is measured in turns, several times; the median counts.
+
+Writes throughput.png, metrics.json.
+Shapes: B batch.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+
+from cnn_cifar.augment import random_color_jitter, random_crop, random_flip
+from cnn_cifar.inputs import Split, add_data_flags, load, pixels
+from cnn_cifar.models import allcnn_t, get_param_groups
+from shared_utils.cli import make_parser, non_negative_int, positive_int, run_main
+from shared_utils.device import autocast, pick_device
+from shared_utils.plotting import COLORS, new_figure, save_figure
+from shared_utils.runs import start_run
+from shared_utils.seeding import seed_everything
+
+OURS = "whole batches on the device"
+SETTINGS = {  # name: (bfloat16, channels last)
+    "float32, channels first": (False, False),
+    "float32, channels last": (False, True),
+    "bfloat16, channels first": (True, False),
+    "bfloat16, channels last": (True, True),
+}
+
+
+def build_parser():
+    """The command line."""
+    quick = {"batches": 2, "repeats": 1, "c1": 8, "c2": 8, "batch_size": 32, "workers": [0, 1]}
+    parser = make_parser(__doc__, dataset="cifar10", quick=quick)
+    add_data_flags(parser, batch_size=128, val_size=0)
+    workers = [0, 1, 2, 4] + [n for n in (8, 16) if n <= (os.cpu_count() or 1)]
+    parser.add_argument("--batches", type=positive_int, default=20, help="batches that each measurement takes")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="measurements of each, in turns")
+    parser.add_argument("--workers", type=non_negative_int, nargs="+", default=workers, help="of the DataLoader, tried")
+    parser.add_argument("--c1", type=positive_int, default=96, help="All-CNN's channels before the first stride of 2")
+    parser.add_argument("--c2", type=positive_int, default=192, help="All-CNN's channels after it")
+    return parser
+
+
+class ImageByImage(Dataset):
+    """The training images as most tutorials read them: one at a time, through torchvision's transforms."""
+
+    def __init__(self, split: Split):
+        self.x, self.y = split.x.cpu().permute(0, 2, 3, 1).numpy(), split.y.tolist()  # (N, 32, 32, 3)
+        self.transform = transforms.Compose(
+            [
+                transforms.ToPILImage(),
+                transforms.RandomHorizontalFlip(),
+                transforms.RandomCrop(32, padding=4, padding_mode="reflect"),
+                transforms.ColorJitter(0.2, 0.2, 0.2, 0.05),
+                transforms.ToTensor(),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(self.x[index]), self.y[index]
+
+
+def batches_of_loader(loader: DataLoader, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches without end, on the device, channels last."""
+    while True:
+        for x, y in loader:
+            x = x.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+            yield x, y.to(device, non_blocking=True)
+
+
+def batches_of_ours(split: Split, batch_size: int, generator: Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same from the images on the device, as in allcnn.py."""
+    device = split.x.device
+    while True:
+        order = torch.randperm(len(split), generator=generator, device=device)
+        for batch in order[: len(split) // batch_size * batch_size].split(batch_size):
+            x = random_crop(random_flip(split.x[batch], generator), generator)
+            yield pixels(random_color_jitter(x, generator)), split.y[batch]
+
+
+class Trainer:
+    """All-CNN and its optimizer: `step` makes one update."""
+
+    def __init__(self, c1: int, c2: int, classes: int, device: torch.device, amp: bool, channels_last: bool):
+        self.layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.network = allcnn_t(c1, c2, classes).to(device, memory_format=self.layout)
+        groups = get_param_groups(self.network)
+        self.optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True, fused=True)
+        self.device, self.amp = device, amp
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """One update on a batch x (B, 3, 32, 32) of [0, 1]."""
+        with autocast(self.device, self.amp):
+            logits = self.network(x.contiguous(memory_format=self.layout))
+        self.optimizer.zero_grad()
+        F.cross_entropy(logits.float(), y).backward()
+        self.optimizer.step()
+
+
+def seconds_of(source: Iterator, batches: int, use: Callable, skip: int, device: torch.device) -> float:
+    """How long it takes to use so many batches of `source`, after `skip` others; a GPU's work is waited for.
+
+    Those skipped warm up, and they are what a DataLoader's workers had ready before the clock started.
+    """
+    for _ in range(skip):
+        use(*next(source))
+    synchronize(device)
+    started = time.perf_counter()
+    for _ in range(batches):
+        use(*next(source))
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def gpu_busy(source: Iterator, batches: int, use: Callable, device: torch.device) -> float:
+    """The part of the wall time in which the GPU runs a kernel; the time is taken without the profiler."""
+    wall = seconds_of(source, batches, use, skip=3, device=device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        seconds_of(source, batches, use, skip=0, device=device)
+    return sum(event.self_device_time_total for event in profiler.key_averages()) / 1e6 / wall  # from µs
+
+
+def training_flops(trainer: Trainer, x: Tensor, y: Tensor) -> float:
+    """FLOPs of the convolutions of one training step per image, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        trainer.step(x, y)
+    return counter.get_total_flops() / len(x)
+
+
+def product_speed(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs per second of a large matrix product, the most that a network can hope for."""
+    large = torch.randn(4096, 4096, device=device).to(dtype)
+    product = iter(lambda: (large, large), None)
+    return 2 * 4096**3 / min(seconds_of(product, 1, torch.matmul, skip=1, device=device) for _ in range(3))
+
+
+def rates(table: list[dict], name: str) -> np.ndarray:
+    """The images per second of every repeat of the row of this name."""
+    return np.array(next(row["all"] for row in table if row["name"] == name))
+
+
+def main(argv=None) -> dict:
+    """Measure; returns the metrics."""
+    args = build_parser().parse_args(argv)
+    device = pick_device(args.device)
+    data = load(args, device)
+    run = start_run(args)
+    seed_everything(args.seed)
+    generator = Generator(device).manual_seed(args.seed)
+
+    def measure(jobs: dict[str, tuple[Iterator, Callable, int]]) -> list[dict]:
+        """Images per second of each (source, use, skip), in turns: the median and all."""
+        found = {name: [] for name in jobs}
+        for _ in range(args.repeats):
+            for name, (source, use, skip) in jobs.items():
+                seconds = seconds_of(source, args.batches, use, skip, device)
+                found[name].append(args.batches * args.batch_size / seconds)
+        table = [
+            {"name": name, "images_per_second": float(np.median(all_)), "all": all_} for name, all_ in found.items()
+        ]
+        for row in table:
+            print(f"{row['name']}: {row['images_per_second']:,.0f} images/s", flush=True)
+        return table
+
+    def loader(workers: int) -> Iterator:
+        several = {"num_workers": workers, "persistent_workers": workers > 0}
+        options = {"shuffle": True, "drop_last": True, "pin_memory": device.type == "cuda"}
+        return batches_of_loader(DataLoader(ImageByImage(data.train), args.batch_size, **options, **several), device)
+
+    def ours() -> Iterator:
+        return batches_of_ours(data.train, args.batch_size, generator)
+
+    def drop(x: Tensor, y: Tensor) -> None:
+        """Use nothing."""
+
+    pipelines = {f"DataLoader, {n} workers": (loader(n), drop, 2 * n + 1) for n in args.workers}
+    pipeline = measure({OURS: (ours(), drop, 1), **pipelines})
+    best = max(pipeline[1:], key=lambda row: row["images_per_second"])
+    best_workers = args.workers[pipeline[1:].index(best)]
+
+    trainers = {
+        name: Trainer(args.c1, args.c2, len(data.classes), device, *setting) for name, setting in SETTINGS.items()
+    }
+    batch = next(ours())
+    network = measure({name: (iter(lambda: batch, None), t.step, 1) for name, t in trainers.items()})
+    fast = trainers["bfloat16, channels last"]
+    flops, peak = training_flops(fast, *batch), product_speed(device, torch.bfloat16)
+
+    name = f"DataLoader, {best_workers} workers"
+    both = measure({OURS: (ours(), fast.step, 1), name: (loader(best_workers), fast.step, 2 * best_workers + 1)})
+    metrics = {
+        "batch_size": args.batch_size,
+        "threads": torch.get_num_threads(),
+        "pipeline": pipeline,
+        "best_workers": best_workers,
+        "pipeline_ratio": float(np.median(rates(pipeline, OURS) / rates(pipeline, name))),
+        "network": network,
+        "gflop_per_image": flops / 1e9,
+        "gflop_per_second": flops * network[-1]["images_per_second"] / 1e9,
+        "gflop_per_second_of_a_large_product": peak / 1e9,
+        "end_to_end": both,
+        "end_to_end_ratio": float(np.median(rates(both, OURS) / rates(both, name))),
+    }
+    if device.type == "cuda":
+        metrics["gpu_busy"] = gpu_busy(ours(), args.batches, fast.step, device)
+    save_figure(draw(metrics, data.title), run.path("throughput.png"))
+    return run.finish(metrics)
+
+
+def draw(metrics: dict, title: str):
+    """Images per second of the pipelines, the network and both together, on logarithmic axes."""
+    parts = {
+        "input pipeline alone": metrics["pipeline"],
+        "training step of All-CNN alone": metrics["network"],
+        "both together, bfloat16, channels last": metrics["end_to_end"],
+    }
+    lengths = [len(table) for table in parts.values()]
+    figure, axes = new_figure(3, width=8.6, height=6.6, sharex=True, gridspec_kw={"height_ratios": lengths})
+    for ax, (part, table), color in zip(axes[:, 0], parts.items(), COLORS, strict=False):
+        values = [row["images_per_second"] for row in table]
+        ax.barh(range(len(table)), values, color=color)
+        for at, row in enumerate(table):
+            ax.plot(row["all"], [at] * len(row["all"]), "k|", markersize=7)
+            ax.text(1.06 * max(row["all"]), at, f"{values[at]:,.0f}", va="center", fontsize=9)
+        ax.set_yticks(range(len(table)), [row["name"] for row in table])
+        ax.set(xscale="log", title=part)
+        ax.invert_yaxis()
+        ax.grid(False, axis="y")
+    axes[-1, 0].set_xlabel("images per second (bar: median, ticks: each repeat; logarithmic)")
+    axes[-1, 0].set_xlim(right=3 * max(row["images_per_second"] for table in parts.values() for row in table))
+    busy = f"\nthe GPU is busy for {metrics['gpu_busy']:.0%} of the time" if "gpu_busy" in metrics else ""
+    figure.suptitle(
+        f"{title}: batches made at once come {metrics['pipeline_ratio']:.0f} times as fast as image by image;\n"
+        f"with the network, which is the limit, {metrics['end_to_end_ratio']:.2f} times{busy}"
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(main, build_parser)

@@ -1,0 +1,27 @@
+"""Networks as files: what a training script writes, and what every other script reads."""
+
+from pathlib import Path
+
+from torch import nn
+
+from cnn_cifar.fast_net import FastNet
+from cnn_cifar.models import AllCNN
+from shared_utils import checkpoint
+from shared_utils.cli import UserError
+
+NETWORKS = {"allcnn_t": AllCNN, "fast_net": FastNet}
+
+
+def load_network(path: str | Path, device="cpu") -> tuple[nn.Module, dict]:
+    """The network of a checkpoint, in evaluation mode on `device`, and the checkpoint: `config`, `classes`, `title`.
+
+    Errors: `UserError` when the file is missing, damaged, or holds no network of this folder.
+    """
+    state = checkpoint.load(path, device=device)
+    config = dict(state["config"])
+    make = NETWORKS.get(config.pop("network", None))
+    if make is None or "model" not in state:
+        raise UserError(f"{path} holds no network of cnn_cifar ({', '.join(NETWORKS)})")
+    network = make(**config).to(device)
+    network.load_state_dict(state["model"])
+    return network.eval(), state

@@ -1,0 +1,129 @@
+"""What does each ingredient of the fast recipe bring?
+
+    python cnn_cifar/fast_cifar_ladder.py
+    python cnn_cifar/fast_cifar_ladder.py --widths 64 256 256 --epochs 10 --device cuda
+
+The small network of `fast_cifar.py` is trained without any ingredient (SGD with Nesterov's momentum, its learning rate
+chosen on validation for that rung), then with one more on every rung, each time from the same seeds and for the same
+number of updates. What a rung brings is the mean over the seeds of the difference to the rung below, with Student's
+95 % interval: a seed gives both the same images in the same order. Everything is measured on validation images. The
+test-time mean is the last rung and needs no training of its own.
+
+Writes ladder.png, history.csv, metrics.json.
+With --resume a ladder that was stopped goes on with the trainings that are missing.
+Source: Jordan 2024, arXiv 2404.00498 (its table of what each feature saves).
+"""
+
+import time
+
+import numpy as np
+
+from cnn_cifar.fast_training import INGREDIENTS, FastTraining, Recipe, accuracies
+from cnn_cifar.inputs import add_data_flags, load
+from shared_utils.cli import UserError, make_parser, positive_int, run_main, seed_number
+from shared_utils.device import pick_device
+from shared_utils.plotting import COLORS, new_figure, save_figure
+from shared_utils.runs import check_finite, start_run
+from shared_utils.seeding import seed_everything
+from shared_utils.stats import half_width
+
+TRAINED = [name for name in INGREDIENTS if name != "tta"]  # in the order in which they are added
+BARE = "none of them"
+
+
+def build_parser():
+    """The command line."""
+    quick = {"epochs": 1, "widths": [8, 8, 8], "batch_size": 500, "val_size": 500, "seeds": [0, 1]}
+    parser = make_parser(__doc__, dataset="cifar10", quick=quick)
+    add_data_flags(parser, batch_size=Recipe.batch_size, val_size=5000)
+    parser.add_argument("--epochs", type=positive_int, default=4, help="passes over the training images")
+    widths = {"type": positive_int, "nargs": 3, "default": [32, 64, 128], "metavar": "C"}
+    parser.add_argument("--widths", **widths, help="channels of the three blocks")
+    parser.add_argument(
+        "--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="one training of each rung each"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
+    return parser
+
+
+def main(argv=None) -> dict:
+    """Train every rung from every seed; returns the metrics."""
+    args = build_parser().parse_args(argv)
+    device = pick_device(args.device)
+    if not args.val_size:
+        raise UserError("--val-size 0: the ladder is measured on validation images, so there must be some")
+    if len(set(args.seeds)) < max(2, len(args.seeds)):
+        raise UserError("--seeds: an interval needs at least two seeds, each given once")
+    data = load(args, device)
+    run = start_run(args)
+    rungs = {BARE: tuple(TRAINED)} | {name: tuple(TRAINED[i + 1 :]) for i, name in enumerate(TRAINED)}
+    done = {(row["rung"], int(row["seed"])) for row in run.history()}
+    for seed in args.seeds:
+        for rung, without in rungs.items():
+            if (rung, seed) in done:
+                continue
+            seed_everything(seed)
+            started = time.perf_counter()
+            recipe = Recipe(args.epochs, args.batch_size, tuple(args.widths), without=without)
+            training = FastTraining(recipe, data.train, len(data.classes), seed, amp=True)
+            for epoch in range(args.epochs):
+                loss = training.epoch(epoch)
+            check_finite(loss, args.epochs * training.per_epoch, recipe.sgd_lr)
+            seconds = time.perf_counter() - started
+            found = {f"accuracy {name}": value for name, value in accuracies(training.network, data.val, True).items()}
+            run.log(rung=rung, seed=seed, train_loss=loss, **found, seconds=round(seconds, 1))
+
+    history = run.history()
+
+    def over_seeds(rung: str, column: str) -> np.ndarray:
+        by_seed = {int(row["seed"]): float(row[column]) for row in history if row["rung"] == rung}
+        return np.array([by_seed[seed] for seed in args.seeds])
+
+    steps = [(rung, over_seeds(rung, "accuracy plain"), over_seeds(rung, "seconds")) for rung in rungs]
+    last = steps[-1]
+    steps.append(("tta", over_seeds(last[0], "accuracy mirrored and shifted"), last[2]))
+    table = []
+    for i, (rung, values, seconds) in enumerate(steps):
+        row = {"rung": rung, "what": INGREDIENTS.get(rung, "SGD, random flips and crops"), "accuracy": values.mean()}
+        row |= {"accuracies": values, "half_width": half_width(values), "mean_seconds": seconds.mean()}
+        if i:
+            gain = values - steps[i - 1][1]
+            row |= {"gain": gain.mean(), "gain_half_width": half_width(gain)}
+        table.append(row)
+    about = f"{data.title}, {'-'.join(map(str, args.widths))} channels, {args.epochs} epochs, {len(args.seeds)} seeds"
+    save_figure(draw(table, about), run.path("ladder.png"))
+    gains = {"first": table[0]["accuracy"], "last": table[-1]["accuracy"]}
+    shown = ", ".join(row["rung"] for row in table[1:] if row["gain"] > row["gain_half_width"]) or "none"
+    return run.finish({"epochs": args.epochs, "seeds": args.seeds, **gains, "gains_shown_for": shown, "rungs": table})
+
+
+def draw(table: list[dict], about: str):
+    """The accuracy of each rung, from the barest on top, and what each ingredient adds."""
+    figure, axes = new_figure(1, 2, width=10.6, height=0.45 * len(table) + 1.6, sharey=True)
+    at = np.arange(len(table))
+    for row, y in zip(table, at, strict=True):
+        axes[0, 0].plot(100 * row["accuracies"], [y] * len(row["accuracies"]), "|", color="black", markersize=12)
+        axes[0, 0].plot(100 * row["accuracy"], y, "o", color=COLORS[0])
+        axes[0, 0].annotate(f"{row['accuracy']:.1%}", (100 * row["accuracy"], y), (0, 7), textcoords="offset points")
+        if "gain" in row:
+            sure = row["gain"] > row["gain_half_width"]
+            style = {"color": COLORS[1] if sure else "#888888", "fmt": "s", "capsize": 4}
+            axes[0, 1].errorbar(100 * row["gain"], y, xerr=100 * row["gain_half_width"], **style)
+    names = [("+ " if "gain" in row else "") + row["what"] for row in table]
+    axes[0, 0].set_yticks(at, names)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].set(xlabel="validation accuracy (%): mean, and each seed", title="with all ingredients down to here")
+    axes[0, 1].axvline(0, color="black", linewidth=1)
+    gain = "percentage points over the rung above (95 % interval)"
+    axes[0, 1].set(xlabel=gain, title="what it adds; grey: no difference shown")
+    first, last = table[0]["accuracy"], table[-1]["accuracy"]
+    largest = max(table[1:], key=lambda row: row["gain"])
+    figure.suptitle(
+        f"{about}: from {first:.1%} to {last:.1%} in the same number of updates;\n"
+        f"most comes with {largest['what']} (+{100 * largest['gain']:.1f} points)"
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(main, build_parser)

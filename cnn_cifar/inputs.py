@@ -1,0 +1,85 @@
+"""Images on the device as one uint8 tensor each for training, validation and test; how a network sees and is judged.
+
+Shapes: N images, B batch, H W pixels, K classes.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shared_utils.cli import UserError, non_negative_int, positive_int
+from shared_utils.data import load_images, train_val_split
+from shared_utils.device import autocast
+
+SHAPE = (3, 32, 32)
+EVALUATED_TOGETHER = 500  # images
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images x uint8 (N, 3, 32, 32) and labels y int64 (N,) on one device."""
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The three splits, the classes' names, the set's title. `val` is None where nothing is held out."""
+
+    train: Split
+    val: Split | None
+    test: Split
+    classes: tuple[str, ...]
+    title: str
+
+
+def add_data_flags(parser: argparse.ArgumentParser, batch_size: int, val_size: int) -> None:
+    """The flags that `load` reads beside those of `make_parser`."""
+    parser.add_argument("--batch-size", type=positive_int, default=batch_size, help="images per update")
+    held_out = "training images held out to choose by; 0 trains on all of them"
+    parser.add_argument("--val-size", type=non_negative_int, default=val_size, help=held_out)
+
+
+def load(args: argparse.Namespace, device: torch.device) -> Data:
+    """The splits that the flags ask for, on `device`. Errors: `UserError` as `load_images`, `train_val_split`."""
+    train, test = (load_images(args.dataset, split, args.data_dir, shape=SHAPE) for split in ("train", "test"))
+    train, val = train_val_split(train, args.val_size) if args.val_size else (train, None)
+    if args.batch_size > len(train):
+        raise UserError(f"--batch-size {args.batch_size}: there are {len(train)} images to train on")
+    splits = (
+        images and Split(*(torch.from_numpy(part).to(device) for part in (images.x, images.y)))
+        for images in (train, val, test)
+    )
+    return Data(*splits, test.classes, test.title)
+
+
+def pixels(x: Tensor) -> Tensor:
+    """uint8 images as floats of [0, 1] in the channels-last layout: (B, 3, H, W) → (B, 3, H, W)."""
+    return (x / 255).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def logits_of(network: nn.Module, x: Tensor, amp: bool = False) -> Tensor:
+    """The network's logits for uint8 images x (N, 3, H, W), in evaluation mode: float32 (N, K).
+
+    The mode it was in is put back.
+    """
+    training = network.training
+    network.eval()
+    with autocast(x.device, amp):
+        logits = torch.cat([network(pixels(batch)).float() for batch in x.split(EVALUATED_TOGETHER)])
+    network.train(training)
+    return logits
+
+
+def loss_and_accuracy(network: nn.Module, split: Split, amp: bool = False) -> tuple[float, float]:
+    """Mean cross-entropy (nats) and the part classified right."""
+    logits = logits_of(network, split.x, amp)
+    return F.cross_entropy(logits, split.y).item(), (logits.argmax(1) == split.y).float().mean().item()
