@@ -12,13 +12,14 @@ momentum; weights decay, biases and BatchNorm's parameters do not:
     g ← ∇L + λ W,   v ← μ v + g,   W ← W − η (g + μ v)          μ = 0.9, λ = 0.001
 
 With `--schedule step` η is 0.1, from 40 % of the updates on 0.01, from 80 % on 0.001, however many epochs there are.
-The validation images choose the epoch; the test images are read once, at the end. All images lie on the device, and
-each batch is augmented there at once. `--amp` computes in bfloat16, two to three times as fast on a GPU and on a CPU
-that has it.
+The validation images choose the epoch; the test images come last, for the chosen weights and for those of the last
+epoch. All images lie on the device, and each batch is augmented there at once. `--amp` computes in bfloat16, which is
+several times as fast on a CPU that has it (benchmark.py).
 
 Writes allcnn_t_best.pth, allcnn_t_last.pth, training_curves.png, training_curves.json, augmentations_grid.png,
 history.csv, metrics.json.
-With --resume a run that was stopped goes on from allcnn_t_last.pth and ends with the same weights.
+With --resume a run that was stopped goes on from allcnn_t_last.pth and ends with the same weights. With several
+processes (torchrun) the batch is shared out, and BatchNorm takes its means over each process's part.
 Sources: Springenberg et al. 2015; Sutskever et al. 2013 for Nesterov's momentum; Smith 2018 for the cycle.
 Shapes: N images, B batch of one process, K classes.
 """
@@ -38,7 +39,7 @@ from shared_utils import checkpoint
 from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import autocast
-from shared_utils.distributed import process_group, shard, wrap
+from shared_utils.distributed import main_first, process_group, shard, total, wrap
 from shared_utils.plotting import curves, image_grid, new_figure, save_figure
 from shared_utils.runs import check_finite, start_run, write_json
 from shared_utils.schedules import one_cycle
@@ -96,7 +97,10 @@ def main(argv=None) -> dict:
 def train(args, world) -> dict:
     """What `main` does, in one process of `world`."""
     device = world.device
-    data = load(args, device)
+    if args.batch_size % world.size:
+        raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes")
+    with main_first(world):
+        data = load(args, device)
     run = start_run(args, writes=world.is_main)
     seed_everything(args.seed)
     model = allcnn_t(args.c1, args.c2, len(data.classes)).to(device, memory_format=torch.channels_last)
@@ -105,15 +109,15 @@ def train(args, world) -> dict:
     network = torch.compile(ddp) if args.compile else ddp  # what is trained; `model` holds its weights
     groups = get_param_groups(model, weight_decay=1e-3)
     optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True, fused=True)
-    n, per_epoch = (
-        len(data.train),
-        len(data.train) // args.batch_size,
-    )  # what is left over, another in each epoch, waits
+    n = len(data.train)
+    per_epoch = n // args.batch_size  # the images left over are others in each epoch
     updates = args.epochs * per_epoch
     first, best, seconds = 0, {"val_accuracy": -1.0}, 0.0
 
     if args.resume and run.path("allcnn_t_last.pth").exists():
         state = checkpoint.load(run.path("allcnn_t_last.pth"), expect=config)
+        if state["processes"] != world.size:
+            raise UserError(f"--resume: the run had {state['processes']} process(es), now there are {world.size}")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, best, seconds = state["epochs"], state["best"], state["seconds"]
@@ -144,11 +148,11 @@ def train(args, world) -> dict:
             optimizer.step()
             total_loss += loss.detach()
             right += (logits.detach().argmax(1) == y).sum()
-        train_loss = total_loss.item() / per_epoch
+        train_loss = total(total_loss, world).item() / (per_epoch * world.size)
+        train_accuracy = total(right, world).item() / (per_epoch * args.batch_size)
         check_finite(train_loss, (epoch + 1) * per_epoch, lr)
         val_loss, val_accuracy = loss_and_accuracy(model, data.val, args.amp)
         seconds += time.perf_counter() - started
-        train_accuracy = right.item() / batches.numel()
         row = {"epoch": epoch + 1, "lr": lr, "train_loss": train_loss, "train_accuracy": train_accuracy}
         run.log(**row, val_loss=val_loss, val_accuracy=val_accuracy, seconds=round(seconds, 1))
         if not world.is_main:
@@ -158,7 +162,8 @@ def train(args, world) -> dict:
             best = {"val_accuracy": val_accuracy, "epoch": epoch + 1}
             checkpoint.save(run.path("allcnn_t_best.pth"), model=model.state_dict(), **about, **best)
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epochs": epoch + 1}
-        checkpoint.save(run.path("allcnn_t_last.pth"), **about, **state, best=best, seconds=seconds)
+        state |= {"best": best, "seconds": seconds, "processes": world.size}
+        checkpoint.save(run.path("allcnn_t_last.pth"), **about, **state)
 
     if not world.is_main:
         return {}
@@ -179,13 +184,14 @@ def train(args, world) -> dict:
             "c2": args.c2,
             "parameters": sum(p.numel() for p in model.parameters()),
             "epochs": args.epochs,
+            "processes": world.size,
             "train_images": n,
             "train_accuracy": history["train_accuracy"][-1],
             "best_epoch": best["epoch"],
             "val_accuracy": best["val_accuracy"],
             "test_accuracy": test_accuracy,
             "test_error": 1 - test_accuracy,
-            "test_accuracy_interval": [low, high],
+            "test_error_interval": [1 - high, 1 - low],
             "test_accuracy_of_the_last_weights": last_accuracy,
             "training_seconds": seconds,
             "images_per_second": args.epochs * per_epoch * args.batch_size / seconds,

@@ -113,7 +113,8 @@ def adjust_hue(x: Tensor, shift: Tensor) -> Tensor:
     divisor = chroma.masked_fill(chroma == 0, 1)  # grey has no hue, and any will do
     blue_or_green = torch.where(value == g, 2 + (b - r) / divisor, 4 + (r - g) / divisor)
     hue = torch.where(value == r, (g - b) / divisor, blue_or_green)[:, None] + 6 * _per_image(shift)  # (N, 1, H, W)
-    k = (hue + x.new_tensor([5, 3, 1])[:, None, None]) % 6  # (N, 3, H, W)
+    n = 5 - 2 * torch.arange(3, device=x.device)[:, None, None]  # made on the device: a copy would make a GPU wait
+    k = (hue + n) % 6  # (N, 3, H, W)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -144,10 +145,9 @@ def random_color_jitter(
     if min(brightness, contrast, saturation, hue) < 0 or hue > 0.5:
         strengths = f"{brightness:g}, {contrast:g}, {saturation:g}, {hue:g}"
         raise UserError(f"colour jitter: strengths are 0 or more, that of the hue at most 0.5, got {strengths}")
-    low = x.new_tensor([*(max(0, 1 - s) for s in (brightness, contrast, saturation)), -hue], dtype=torch.float32)
-    high = x.new_tensor([*(1 + s for s in (brightness, contrast, saturation)), hue], dtype=torch.float32)
-    uniform = torch.rand(len(x), 4, generator=generator, device=generator.device).to(x.device)
-    return color_jitter(x, *(low + (high - low) * uniform).unbind(1))
+    ranges = [(max(0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)] + [(-hue, hue)]
+    uniform = torch.rand(len(x), 4, generator=generator, device=generator.device).to(x.device).unbind(1)
+    return color_jitter(x, *(low + (high - low) * u for (low, high), u in zip(ranges, uniform, strict=True)))
 
 
 def _per_image(factor: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ def _per_image(factor: Tensor) -> Tensor:
 
 
 def _gray(x: Tensor) -> Tensor:
-    return (x * x.new_tensor(GRAY)[:, None, None]).sum(1, keepdim=True)  # (N, 1, H, W)
+    return sum(weight * x[:, channel, None] for channel, weight in enumerate(GRAY))  # (N, 1, H, W)
 
 
 def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
@@ -174,9 +174,9 @@ def cutout(x: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
     row, column = (torch.arange(side, device=x.device) for side in x.shape[2:])
     in_rows = (row >= top[:, None]) & (row < top[:, None] + size)  # (N, H)
     in_columns = (column >= left[:, None]) & (column < left[:, None] + size)  # (N, W)
-    inside = (in_rows[:, :, None] & in_columns[:, None])[:, None]  # (N, 1, H, W)
-    colour = (255 * torch.tensor(CIFAR10_MEAN, device=x.device)).round().to(torch.uint8)[:, None, None]
-    return torch.where(inside, colour, x)
+    inside = in_rows[:, :, None] & in_columns[:, None]  # (N, H, W)
+    channels = [x[:, c].masked_fill(inside, round(255 * mean)) for c, mean in enumerate(CIFAR10_MEAN)]
+    return torch.stack(channels, dim=1)
 
 
 def random_cutout(x: Tensor, generator: Generator, size: int = 8) -> Tensor:
@@ -188,7 +188,7 @@ def random_cutout(x: Tensor, generator: Generator, size: int = 8) -> Tensor:
     if size < 1:
         raise UserError(f"Cutout: the square's side is at least 1 pixel, got {size}")
     uniform = torch.rand(2, len(x), generator=generator, device=generator.device).to(x.device)
-    row, column = (uniform * uniform.new_tensor(x.shape[2:])[:, None]).long()  # (2, N) → (N,) twice
+    row, column = ((u * side).long() for u, side in zip(uniform, x.shape[2:], strict=True))  # (N,) each
     return cutout(x, row - size // 2, column - size // 2, size)
 
 

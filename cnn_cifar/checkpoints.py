@@ -18,10 +18,12 @@ def load_network(path: str | Path, device="cpu") -> tuple[nn.Module, dict]:
     Errors: `UserError` when the file is missing, damaged, or holds no network of this folder.
     """
     state = checkpoint.load(path, device=device)
-    config = dict(state["config"])
-    make = NETWORKS.get(config.pop("network", None))
-    if make is None or "model" not in state:
-        raise UserError(f"{path} holds no network of cnn_cifar ({', '.join(NETWORKS)})")
-    network = make(**config).to(device)
-    network.load_state_dict(state["model"])
+    try:
+        config = dict(state["config"])
+        network = NETWORKS[config.pop("network")](**config).to(device)
+        network.load_state_dict(state["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError):  # a part is missing, or does not fit the others
+        raise UserError(f"{path} holds no network of cnn_cifar ({', '.join(NETWORKS)})") from None
+    if not {"classes", "title"} <= state.keys():
+        raise UserError(f"{path} does not say which classes its network knows")
     return network.eval(), state

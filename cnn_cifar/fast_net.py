@@ -24,7 +24,7 @@ WHITENED = 2 * 3 * PATCH**2  # its outputs: every whitened direction and its neg
 class Block(nn.Module):
     """Two 3×3 convolutions that halve height and width: (B, C_in, H, W) → (B, C_out, H/2, W/2), rounded down.
 
-    BatchNorm shifts, and does not scale: what follows is another BatchNorm, or the head, which scales as it likes.
+    BatchNorm shifts and does not scale: every channel keeps its variance of 1 before GELU.
     """
 
     def __init__(self, in_channels: int, out_channels: int):

@@ -1,6 +1,6 @@
 """Muon: momentum whose matrices are made orthogonal before the step.
 
-    M ← μ M + G,   O ≈ U Vᵀ with G + μ M = U Σ Vᵀ (Nesterov),   W ← √rows · W / ‖W‖ − η O
+    M ← μ M + G,   O ≈ U Vᵀ with G + μ M = U Σ Vᵀ (Nesterov),   W ← √rows · W / ‖W‖_F − η O
 
 A gradient of a layer's weights has a few large singular values; U Vᵀ has them all equal to 1, so that directions which
 the gradient hardly shows are learned as fast as the others. No singular value decomposition is needed: an odd
@@ -13,14 +13,14 @@ Shapes: a convolution's weights (K, C, k, k) are the matrix (K, C k k).
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steepest at 0 of the quintics that keep [0, 1] within about 0.7 to 1.2
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # steep at 0: small singular values grow 3.4 times a step, large stay near 1
 
 
 def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
     """About U Vᵀ of the matrix U Σ Vᵀ, or of each of a batch: (…, m, n) → the same shape, in bfloat16's precision.
 
-    Singular values above a few hundredths of the largest end between 0.7 and 1.2 after 5 steps; with 3 the small ones
-    still lag, which serves training as well. A zero matrix stays zero.
+    After 3 steps singular values from 0.02 of the matrix's Frobenius norm on lie between 0.68 and 1.2, smaller ones lag
+    (0.01 comes to 0.4), which serves training as well. A zero matrix stays zero.
     """
     a, b, c = COEFFICIENTS
     x = matrix.bfloat16()

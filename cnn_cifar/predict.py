@@ -16,7 +16,10 @@ Writes predictions.png, predictions.csv, metrics.json.
 Shapes: N pictures, K classes.
 """
 
+import argparse
+import contextlib
 import csv
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,8 +41,18 @@ def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset="cifar10")
     parser.add_argument("paths", nargs="*", metavar="PICTURE", help="image files, or folders of them")
-    parser.add_argument("--ckpt", metavar="FILE", help="a trained network (default: allcnn.py's allcnn_t_best.pth)")
+    parser.add_argument(
+        "--ckpt", metavar="FILE", help="a trained network (default: allcnn.py's, or else fast_cifar.py's)"
+    )
     return parser
+
+
+def default_checkpoint(args: argparse.Namespace) -> Path:
+    """allcnn.py's network, or else fast_cifar.py's. Errors: `UserError` with the shorter command for neither."""
+    for script, name in (("allcnn", "allcnn_t_best.pth"), ("fast_cifar", "best.pth")):
+        with contextlib.suppress(UserError):
+            return find_output(args, script, name)
+    return find_output(args, "fast_cifar", "best.pth")
 
 
 def small(picture: np.ndarray) -> np.ndarray:
@@ -56,7 +69,7 @@ def main(argv=None) -> dict:
     """Classify what is asked for; returns the metrics."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    path = args.ckpt or find_output(args, "allcnn", "allcnn_t_best.pth")
+    path = args.ckpt or default_checkpoint(args)
     network, state = load_network(path, device)
     classes, labels, source = state["classes"], None, "the pictures given"
     if args.paths:

@@ -7,8 +7,8 @@
             loss(ddp, shard(batch, world)).backward()                  # … of which each rank takes its part
 
 The batch size is the global one: n processes with n-th parts give the gradient of the mean loss over the whole batch,
-as one process would. That holds for what is computed image by image. BatchNorm sees its rank's part alone; and noise is
-to be drawn for the whole batch and then sharded, for all ranks draw the same.
+as one process would. That holds for what is computed image by image. BatchNorm sees its rank's part alone. All ranks
+draw the same noise unless it is drawn for the whole batch and then sharded, or each rank has a seed of its own.
 """
 
 import atexit
@@ -63,6 +63,23 @@ def process_group(device: str = "auto") -> Iterator[World]:
         # What still holds the group (DDP, in reference cycles) must let go of it while Python is whole: gloo's threads
         # may need the interpreter to end, and abort the process when it is gone.
         atexit.register(gc.collect)
+
+
+@contextmanager
+def main_first(world: World) -> Iterator[None]:
+    """What stands inside, a download say, the main process does before the others."""
+    if not world.is_main:
+        dist.barrier()
+    yield
+    if world.is_main and world.size > 1:
+        dist.barrier()
+
+
+def total(value: torch.Tensor, world: World) -> torch.Tensor:
+    """The sum of `value` over all processes."""
+    if world.size > 1:
+        dist.all_reduce(value)
+    return value
 
 
 def shard(batch: np.ndarray, world: World) -> np.ndarray:
