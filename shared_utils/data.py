@@ -316,9 +316,10 @@ def image_files(paths: list[str]) -> list[Path]:
     """The files named, a folder standing for its images in order. Errors: `UserError` for a folder without one."""
     files = []
     for path in map(Path, paths):
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        inside = [p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
-        found = inside if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            inside = (p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted(p for p in inside if not p.name.startswith("."))
         if not found:
             raise UserError(f"{path} has no image ({', '.join(IMAGE_SUFFIXES)})")
         files += found

@@ -12,9 +12,11 @@ import torchvision
 from torch import nn
 
 from cnn_cifar import param_count
+from cnn_cifar.checkpoints import load_network
 from cnn_cifar.models import CIFAR10_MEAN, CIFAR10_STD, Normalize, allcnn_t, get_param_groups
 from cnn_cifar.param_count import by_stage, layer_rows, smallest_maps, total
 from cnn_cifar.resnet import RESNETS, BasicBlock, Bottleneck, resnet18, resnet50
+from shared_utils import checkpoint
 from shared_utils.cli import UserError
 from shared_utils.data import channel_statistics, load_images
 from shared_utils.runs import ROOT
@@ -319,3 +321,22 @@ def test_allcnn_has_no_variants(flag, fails, tmp_path):
 @pytest.mark.parametrize("flags", [["--model", "vgg16"], ["--image-size", "0"], ["--image-size", "big"]])
 def test_a_wrong_flag_gets_one_line(flags, fails, tmp_path):
     assert flags[0] in fails(param_count, [*flags, "--out", tmp_path / "out"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("part", ["config", "widths", "weights", "classes"])
+def test_a_checkpoint_whose_parts_do_not_fit_is_refused(tmp_path, part):
+    network = allcnn_t(2, 3)
+    state = {"config": {"network": "allcnn_t", **network.config}, "classes": list("abcdefghij"), "title": "T"}
+    state["model"] = network.state_dict()
+    checkpoint.save(tmp_path / "good.pth", **state)
+    load_network(tmp_path / "good.pth")
+    broken = {
+        "config": {"config": {"network": ["allcnn_t"]}},
+        "widths": {"config": {"network": "allcnn_t", "c1": 2, "num_classes": 10}},
+        "weights": {"model": allcnn_t(2, 4).state_dict()},
+        "classes": {},
+    }[part]
+    state.pop("classes" if part == "classes" else "none", None)
+    checkpoint.save(tmp_path / "bad.pth", **(state | broken))
+    with pytest.raises(UserError, match=r"bad\.pth"):
+        load_network(tmp_path / "bad.pth")

@@ -376,3 +376,14 @@ def test_minibatches_are_one_epoch():
     assert [len(batch) for batch in data.minibatches(10, 4, drop_last=True)] == [4, 4]
     assert np.concatenate(list(data.minibatches(10, 4))).tolist() == list(range(10))
     assert np.concatenate(batches).tolist() != list(range(10))
+
+
+def test_image_files_are_those_named_and_those_of_a_folder_in_order(tmp_path):
+    for name in ("b.png", "a.JPG", "._a.jpg", "notes.txt"):
+        (tmp_path / name).touch()
+    named = str(tmp_path / "notes.txt")
+    found = [path.name for path in data.image_files([named, str(tmp_path)])]
+    assert found == ["notes.txt", "a.JPG", "b.png"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty has no image"):
+        data.image_files([str(tmp_path / "empty")])
