@@ -4,27 +4,27 @@
     python cnn_cifar/fast_cifar_ladder.py --widths 64 256 256 --epochs 10 --device cuda
 
 The small network of `fast_cifar.py` is trained without any ingredient (by SGD with Nesterov's momentum, at the best of
-the learning rates that were tried on validation images), then with one more on every rung, each time from the same
-seeds and for the same number of updates. What a rung brings is the mean over the seeds of the difference to the rung
-below, with Student's 95 % interval: a seed gives both the same images in the same order. Everything is measured on
-validation images. The test-time mean is the last rung and needs no training of its own.
+`--sgd-lrs`), then with one more on every rung, each time from the same seeds and for the same number of updates. What a
+rung brings is the mean over the seeds of the difference to the rung below, with Student's 95 % interval: a seed gives
+both the same images in the same order. Everything is measured on validation images. The test-time mean is the last rung
+and needs no training of its own.
 
 Writes ladder.png, history.csv, metrics.json.
 With --resume a ladder that was stopped goes on with the trainings that are missing.
 Source: Jordan 2024, arXiv 2404.00498 (its table of what each feature saves).
 """
 
-import math
 import time
+from dataclasses import replace
 
 import numpy as np
 
 from cnn_cifar.fast_training import INGREDIENTS, FastTraining, Recipe, accuracies
-from cnn_cifar.inputs import add_data_flags, load
-from shared_utils.cli import UserError, make_parser, positive_int, run_main, seed_number
+from cnn_cifar.inputs import Data, add_data_flags, load
+from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main, seed_number
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
-from shared_utils.runs import start_run
+from shared_utils.runs import Run, start_run
 from shared_utils.seeding import seed_everything
 from shared_utils.stats import half_width
 
@@ -34,7 +34,7 @@ BARE = "none of them"
 
 def build_parser():
     """The command line."""
-    quick = {"epochs": 1, "widths": [8, 8, 8], "batch_size": 500, "val_size": 500, "seeds": [0, 1]}
+    quick = {"epochs": 1, "widths": [8, 8, 8], "batch_size": 500, "val_size": 500, "seeds": [0, 1], "sgd_lrs": [0.1]}
     parser = make_parser(__doc__, dataset="cifar10", quick=quick)
     add_data_flags(parser, batch_size=Recipe.batch_size, val_size=5000)
     parser.add_argument("--epochs", type=positive_int, default=4, help="passes over the training images")
@@ -43,6 +43,8 @@ def build_parser():
     parser.add_argument(
         "--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="one training of each rung each"
     )
+    tried = {"type": positive_float, "nargs": "+", "default": [0.03, 0.1, 0.3, 1.0]}
+    parser.add_argument("--sgd-lrs", **tried, help="SGD's rates, of which the best for the first seed is taken")
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
     return parser
 
@@ -57,30 +59,20 @@ def main(argv=None) -> dict:
         raise UserError("--seeds: an interval needs at least two seeds, each given once")
     data = load(args, device)
     run = start_run(args)
-    rungs = {BARE: tuple(TRAINED)} | {name: tuple(TRAINED[i + 1 :]) for i, name in enumerate(TRAINED)}
-    done = {(row["rung"], int(row["seed"])) for row in run.history()}
+    without_all = Recipe(args.epochs, args.batch_size, tuple(args.widths), without=tuple(TRAINED))
+    rates = {lr: trained(replace(without_all, sgd_lr=lr), BARE, args.seeds[0], data, run) for lr in args.sgd_lrs}
+    sgd_lr = max(rates, key=lambda lr: float(rates[lr]["accuracy plain"]))
+    rows = {}
     for seed in args.seeds:
-        for rung, without in rungs.items():
-            if (rung, seed) in done:
-                continue
-            seed_everything(seed)
-            started = time.perf_counter()
-            recipe = Recipe(args.epochs, args.batch_size, tuple(args.widths), without=without)
-            training = FastTraining(recipe, data.train, len(data.classes), seed, amp=True)
-            for epoch in range(args.epochs):
-                loss = training.epoch(epoch)
-            if not math.isfinite(loss):
-                raise UserError(f"the loss of {rung!r} with seed {seed} is {loss}: try other --widths or --batch-size")
-            seconds = time.perf_counter() - started
-            found = {f"accuracy {name}": value for name, value in accuracies(training.network, data.val, True).items()}
-            run.log(rung=rung, seed=seed, train_loss=loss, **found, seconds=round(seconds, 1))
-
-    history = run.history()
+        rows[BARE, seed] = trained(replace(without_all, sgd_lr=sgd_lr), BARE, seed, data, run)
+        for i, rung in enumerate(TRAINED):
+            recipe = replace(without_all, sgd_lr=sgd_lr, without=tuple(TRAINED[i + 1 :]))
+            rows[rung, seed] = trained(recipe, rung, seed, data, run)
 
     def over_seeds(rung: str, column: str) -> np.ndarray:
-        by_seed = {int(row["seed"]): float(row[column]) for row in history if row["rung"] == rung}
-        return np.array([by_seed[seed] for seed in args.seeds])
+        return np.array([float(rows[rung, seed][column]) for seed in args.seeds])
 
+    rungs = [BARE, *TRAINED]
     steps = [(rung, over_seeds(rung, "accuracy plain"), over_seeds(rung, "seconds")) for rung in rungs]
     last = steps[-1]
     steps.append(("tta", over_seeds(last[0], "accuracy mirrored and shifted"), last[2]))
@@ -101,12 +93,31 @@ def main(argv=None) -> dict:
         {
             "epochs": args.epochs,
             "seeds": args.seeds,
+            "sgd_lr": sgd_lr,
+            "sgd_lrs": [{"sgd_lr": lr, "accuracy": float(row["accuracy plain"])} for lr, row in rates.items()],
             **gains,
             "gains_shown_for": shown,
             "losses_shown_for": worse,
             "rungs": table,
         }
     )
+
+
+def trained(recipe: Recipe, rung: str, seed: int, data: Data, run: Run) -> dict:
+    """The row of history.csv of one training, which is made unless it is there."""
+    key = {"rung": rung, "seed": str(seed), "sgd_lr": str(recipe.sgd_lr)}
+    for row in run.history():
+        if key.items() <= row.items():
+            return row
+    seed_everything(seed)
+    started = time.perf_counter()
+    training = FastTraining(recipe, data.train, len(data.classes), seed, amp=True)
+    for epoch in range(recipe.epochs):
+        loss = training.epoch(epoch)
+    seconds = time.perf_counter() - started
+    found = {f"accuracy {name}": value for name, value in accuracies(training.network, data.val, True).items()}
+    run.log(**key, train_loss=loss, **found, seconds=round(seconds, 1))
+    return run.history()[-1]
 
 
 def draw(table: list[dict], about: str):

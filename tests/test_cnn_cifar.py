@@ -15,6 +15,7 @@ from cnn_cifar import param_count
 from cnn_cifar.checkpoints import load_network
 from cnn_cifar.models import CIFAR10_MEAN, CIFAR10_STD, Normalize, allcnn_t, get_param_groups
 from cnn_cifar.param_count import by_stage, layer_rows, smallest_maps, total
+from cnn_cifar.predict import small
 from cnn_cifar.resnet import RESNETS, BasicBlock, Bottleneck, resnet18, resnet50
 from shared_utils import checkpoint
 from shared_utils.cli import UserError
@@ -340,3 +341,13 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_refused(tmp_path, part):
     checkpoint.save(tmp_path / "bad.pth", **(state | broken))
     with pytest.raises(UserError, match=r"bad\.pth"):
         load_network(tmp_path / "bad.pth")
+
+
+def test_small_is_the_mean_over_the_middle_square():
+    wide = np.random.default_rng(0).integers(0, 256, (3, 64, 101), dtype=np.uint8)
+    middle = wide[:, :, 18:82].astype(float).reshape(3, 32, 2, 32, 2).mean((2, 4))
+    for found, expected in ((wide, middle), (wide.transpose(0, 2, 1), middle.transpose(0, 2, 1))):
+        assert np.abs(small(found) - expected).max() <= 1  # rows and columns are rounded one after the other
+    assert small(wide).dtype == np.uint8
+    assert np.array_equal(small(wide[:, :32, 34:66]), wide[:, :32, 34:66])
+    assert np.array_equal(small(np.full((3, 5, 9), 77, np.uint8)), np.full((3, 32, 32), 77))

@@ -214,14 +214,17 @@ def test_the_ladder_adds_one_ingredient_a_rung_and_goes_on(folder, tmp_path, mon
         return training(recipe, *given, **named)
 
     def apart(*given):  # the three ways never agree by chance
-        return {way: value + len(way) for way, value in accuracies(*given).items()}
+        return {way: value + len(way) + recipes[-1].sgd_lr for way, value in accuracies(*given).items()}
 
     monkeypatch.setattr(fast_cifar_ladder, "FastTraining", watched)
     monkeypatch.setattr(fast_cifar_ladder, "accuracies", apart)
-    flags = ["--dataset", folder, "--out", tmp_path, *LADDER]
+    flags = ["--dataset", folder, "--out", tmp_path, *LADDER, "--sgd-lrs", 1, 2]
     rungs, names = ran(fast_cifar_ladder, *flags)["rungs"], [name for name in INGREDIENTS if name != "tta"]
     inside = [[name for name in names if recipe.has(name)] for recipe in recipes]
-    assert inside == [names[:i] for i in range(len(names) + 1)] * 2  # once from each seed
+    assert inside == [[], *([names[:i] for i in range(len(names) + 1)] * 2)]  # once from each seed, and the other rate
+    assert [recipe.sgd_lr for recipe in recipes] == [1] + [2] * (
+        len(recipes) - 1
+    )  # the better one for all that follows
     for below, rung in pairwise(rungs):
         gains = np.subtract(rung["accuracies"], below["accuracies"])
         assert [rung["accuracy"], rung["gain"]] == pytest.approx([np.mean(rung["accuracies"]), gains.mean()])
@@ -235,16 +238,6 @@ def test_the_ladder_adds_one_ingredient_a_rung_and_goes_on(folder, tmp_path, mon
     recipes.clear()
     again = ran(fast_cifar_ladder, *flags, "--resume")["rungs"]
     assert (len(recipes), [rung["accuracies"] for rung in again]) == (2, [rung["accuracies"] for rung in rungs])
-
-
-def test_small_is_the_mean_over_the_middle_square():
-    wide = np.random.default_rng(0).integers(0, 256, (3, 64, 101), dtype=np.uint8)
-    middle = wide[:, :, 18:82].astype(float).reshape(3, 32, 2, 32, 2).mean((2, 4))
-    for found, expected in ((wide, middle), (wide.transpose(0, 2, 1), middle.transpose(0, 2, 1))):
-        assert np.abs(predict.small(found) - expected).max() <= 1  # rows and columns are rounded one after the other
-    assert predict.small(wide).dtype == np.uint8
-    assert np.array_equal(predict.small(wide[:, :32, 34:66]), wide[:, :32, 34:66])
-    assert np.array_equal(predict.small(np.full((3, 5, 9), 77, np.uint8)), np.full((3, 32, 32), 77))
 
 
 def test_predictions_of_all_kinds_of_pictures(runs_dir, tmp_path, monkeypatch):
