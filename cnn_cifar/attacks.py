@@ -1,0 +1,118 @@
+"""Images moved within ±ε of where they are, so that a network takes them for something else.
+
+    g = ∇ₓ L(f(x), y)                                              the input gradient; L: cross-entropy
+    FGSM            x' = clip(x + ε sign g)
+    iterative FGSM  x₀ = x,                     xₜ₊₁ = clip_ε(xₜ + α sign gₜ)
+    PGD             x₀ = clip(x + U(−ε, ε)),    xₜ₊₁ = clip_ε(xₜ + α sign gₜ)
+
+clip cuts to [0, 1], clip_ε to [0, 1] and to [x − ε, x + ε]. The networks take pixels in [0, 1] and normalise them
+inside, so that ε and α are pixel values; 8/255 is usual on CIFAR-10. A step along the sign is the largest rise of the
+linearised loss that ‖δ‖∞ ≤ α allows.
+
+The networks are asked in evaluation mode, and their own mode is put back afterwards; no parameter's `.grad` is touched.
+Sources: Goodfellow et al. 2015 (FGSM); Kurakin et al. 2017 (iterative); Madry et al. 2018 (PGD).
+Shapes: B images x (B, 3, H, W) of [0, 1], labels y int64 (B,).
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from shared_utils.cli import UserError
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode: BatchNorm would mix the images, and learn from the attack."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Each image's gradient of its own loss, shaped like x; in units of nats per pixel value of 1."""
+    with evaluating(model), torch.enable_grad():
+        x = x.detach().requires_grad_()
+        logits = model(x)  # (B, K)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, y, reduction="sum")  # a mean would divide each image's gradient by B
+        return torch.autograd.grad(loss, x)[0]
+
+
+def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """One step of size eps. Errors: `UserError` when eps is negative or x leaves [0, 1]."""
+    _check(x, eps)
+    return (x + eps * input_gradient(model, x, y).sign()).clamp(0, 1)
+
+
+def iterative_fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> Tensor:
+    """So many steps of size alpha, never further than eps. Errors: as `fgsm`; alpha ≤ 0; steps < 1."""
+    _check(x, eps, alpha, steps)
+    return _ascend(model, x, x, y, eps, alpha, steps)
+
+
+def pgd(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    alpha: float,
+    steps: int,
+    restarts: int = 1,
+    generator: Generator | None = None,
+) -> Tensor:
+    """The worst of `restarts` ascents, each from another random start within ±eps, for each image by itself.
+
+    Worst is what is misclassified, and among those the highest loss. generator: that of the starts (torch's own without
+    one). Errors: as `iterative_fgsm`; restarts < 1.
+    """
+    _check(x, eps, alpha, steps, restarts)
+    worst, worst_score = x, None
+    for _ in range(restarts):
+        uniform = torch.rand(x.shape, generator=generator, device=generator.device if generator else x.device)
+        start = (x + eps * (2 * uniform.to(x.device) - 1)).clamp(0, 1)
+        found = _ascend(model, start, x, y, eps, alpha, steps)
+        score = _badness(model, found, y)  # (B,)
+        if worst_score is None:
+            worst, worst_score = found, score
+        else:
+            better = score > worst_score
+            worst = torch.where(better[:, None, None, None], found, worst)
+            worst_score = torch.where(better, score, worst_score)
+    return worst
+
+
+def _ascend(model: nn.Module, start: Tensor, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> Tensor:
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    moved = start
+    for _ in range(steps):
+        moved = moved + alpha * input_gradient(model, moved, y).sign()
+        moved = torch.minimum(torch.maximum(moved, low), high)
+    return moved
+
+
+@torch.no_grad()
+def _badness(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of each image, (B,), those of misclassified ones above all others."""
+    with evaluating(model):
+        logits = model(x).float()
+    loss = F.cross_entropy(logits, y, reduction="none")  # at most ln K where the right class has the largest logit
+    return loss + math.log(logits.shape[1]) * (logits.argmax(1) != y)
+
+
+def _check(x: Tensor, eps: float, alpha: float = 1.0, steps: int = 1, restarts: int = 1) -> None:
+    if not eps >= 0:
+        raise UserError(f"an attack's ε is 0 or more, got {eps:g}")
+    if not alpha > 0:
+        raise UserError(f"an attack's step α is above 0, got {alpha:g}")
+    if steps < 1 or restarts < 1:
+        raise UserError(f"an attack takes at least one step and one start, got {steps} and {restarts}")
+    if x.numel() and (x.min() < 0 or x.max() > 1):
+        raise UserError(f"an attack takes pixels from 0 to 1, got {x.min():g} to {x.max():g}")
