@@ -1,5 +1,7 @@
 """Networks as files: what a training script writes, and what every other script reads."""
 
+import argparse
+import contextlib
 from pathlib import Path
 
 from torch import nn
@@ -8,8 +10,17 @@ from cnn_cifar.fast_net import FastNet
 from cnn_cifar.models import AllCNN
 from shared_utils import checkpoint
 from shared_utils.cli import UserError
+from shared_utils.runs import find_output
 
 NETWORKS = {"allcnn_t": AllCNN, "fast_net": FastNet}
+
+
+def find_checkpoint(args: argparse.Namespace) -> Path:
+    """allcnn.py's network, or else fast_cifar.py's. Errors: `UserError` with the shorter command for neither."""
+    for script, name in (("allcnn", "allcnn_t_best.pth"), ("fast_cifar", "best.pth")):
+        with contextlib.suppress(UserError):
+            return find_output(args, script, name)
+    return find_output(args, "fast_cifar", "best.pth")
 
 
 def load_network(path: str | Path, device="cpu") -> tuple[nn.Module, dict]:

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 
 from cnn_cifar.augment import alternating_flip, crop, flip_coins, random_crop, random_flip
 from cnn_cifar.fast_net import FastNet, start_as_identity_, whiten_
-from cnn_cifar.inputs import Split, logits_of, pixels
+from cnn_cifar.inputs import Split, logits_of, pixels, share
 from cnn_cifar.muon import Muon
 from shared_utils.data import minibatches
 from shared_utils.device import autocast
@@ -148,4 +148,4 @@ def averaged_logits(network: nn.Module, x: Tensor, amp: bool = False) -> dict[st
 def accuracies(network: nn.Module, split: Split, amp: bool) -> dict[str, float]:
     """The part classified right in each of the ways of `averaged_logits`."""
     logits = averaged_logits(network, split.x, amp)
-    return {name: (value.argmax(1) == split.y).float().mean().item() for name, value in logits.items()}
+    return {name: share(value.argmax(1) == split.y) for name, value in logits.items()}

@@ -79,7 +79,12 @@ def logits_of(network: nn.Module, x: Tensor, amp: bool = False) -> Tensor:
     return logits
 
 
+def share(mask: Tensor) -> float:
+    """The part of a bool (N,) that is true."""
+    return mask.sum().item() / len(mask)
+
+
 def loss_and_accuracy(network: nn.Module, split: Split, amp: bool = False) -> tuple[float, float]:
     """Mean cross-entropy (nats) and the part classified right."""
     logits = logits_of(network, split.x, amp)
-    return F.cross_entropy(logits, split.y).item(), (logits.argmax(1) == split.y).float().mean().item()
+    return F.cross_entropy(logits, split.y).item(), share(logits.argmax(1) == split.y)

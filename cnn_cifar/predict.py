@@ -16,22 +16,19 @@ Writes predictions.png, predictions.csv, metrics.json.
 Shapes: N pictures, K classes.
 """
 
-import argparse
-import contextlib
 import csv
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-from cnn_cifar.checkpoints import load_network
+from cnn_cifar.checkpoints import find_checkpoint, load_network
 from cnn_cifar.inputs import SHAPE, logits_of
 from shared_utils.cli import UserError, make_parser, run_main
 from shared_utils.data import image_files, load_images, read_image
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
-from shared_utils.runs import find_output, replacing, start_run
+from shared_utils.runs import replacing, start_run
 
 SHOWN = 16  # pictures in the figure, at most
 TOP = 3
@@ -45,14 +42,6 @@ def build_parser():
         "--ckpt", metavar="FILE", help="a trained network (default: allcnn.py's, or else fast_cifar.py's)"
     )
     return parser
-
-
-def default_checkpoint(args: argparse.Namespace) -> Path:
-    """allcnn.py's network, or else fast_cifar.py's. Errors: `UserError` with the shorter command for neither."""
-    for script, name in (("allcnn", "allcnn_t_best.pth"), ("fast_cifar", "best.pth")):
-        with contextlib.suppress(UserError):
-            return find_output(args, script, name)
-    return find_output(args, "fast_cifar", "best.pth")
 
 
 def small(picture: np.ndarray) -> np.ndarray:
@@ -69,7 +58,7 @@ def main(argv=None) -> dict:
     """Classify what is asked for; returns the metrics."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    path = args.ckpt or default_checkpoint(args)
+    path = args.ckpt or find_checkpoint(args)
     network, state = load_network(path, device)
     classes, labels, source = state["classes"], None, "the pictures given"
     if args.paths:
