@@ -1,0 +1,247 @@
+"""Which pixels does a network's answer rest on, and does a map of them say anything about the network?
+
+    python cnn_cifar/saliency.py
+    python cnn_cifar/saliency.py --ckpt runs/cnn_cifar/fast_cifar/best.pth --images 200
+
+Three maps of a network that allcnn.py or fast_cifar.py trained, for the class it answers: the input gradient,
+integrated gradients, Grad-CAM (attributions.py has the equations). And two tests of each map, over `--images` test
+images that the network gets right:
+
+- The layers' weights are shuffled one after the other, from the logits down. A map that explains the network should
+  soon have nothing in common with the one before (rank correlation 0).
+- The pixels are replaced by the mean colour, the map's largest first; a good map makes the probability fall at once
+  (deletion), and rise at once where they are put in (insertion). A random order and the image's own edges, which know
+  nothing of the network, stand beside it.
+
+Writes saliency_maps.png, randomization.png, deletion_insertion.png, metrics.json.
+Sources: Simonyan et al. 2014; Sundararajan et al. 2017; Selvaraju et al. 2017; Adebayo et al. 2018; Petsiuk et al.
+2018.
+Shapes: N images, H W pixels, K classes.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Generator, Tensor, nn
+
+from cnn_cifar.attributions import (
+    area,
+    baseline_of,
+    curve,
+    grad_cam,
+    input_gradient_map,
+    integrated_gradients,
+    randomized,
+    rank_correlation,
+)
+from cnn_cifar.checkpoints import find_checkpoint, load_network
+from cnn_cifar.inputs import SHAPE, logits_of, pixels
+from cnn_cifar.models import AllCNN
+from shared_utils.cli import UserError, make_parser, positive_int, run_main
+from shared_utils.data import load_images
+from shared_utils.device import pick_device
+from shared_utils.plotting import line_style, new_figure, save_figure
+from shared_utils.runs import start_run
+from shared_utils.seeding import seed_everything
+from shared_utils.stats import half_width
+
+BATCH = 100  # images at once
+SHOWN = 6  # images in the figure of maps
+Maps = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+def build_parser():
+    """The command line."""
+    parser = make_parser(__doc__, dataset="cifar10", quick={"images": 6, "steps": 4, "parts": 4})
+    parser.add_argument(
+        "--ckpt", metavar="FILE", help="a trained network (default: allcnn.py's, or else fast_cifar.py's)"
+    )
+    parser.add_argument("--images", type=positive_int, default=200, help="test images, of those it gets right")
+    parser.add_argument("--steps", type=positive_int, default=32, help="of integrated gradients' sum")
+    parser.add_argument("--parts", type=positive_int, default=16, help="of the pixels taken away one after the other")
+    return parser
+
+
+def cam_layer(model: nn.Module) -> nn.Module:
+    """The deepest layer that still has maps of 7×7 or 8×8 positions."""
+    return model.block8 if isinstance(model, AllCNN) else model.blocks[1]
+
+
+def edges(model: nn.Module, x: Tensor, k: Tensor) -> Tensor:
+    """How much each pixel differs from its neighbours: (N, H, W); knows the image alone."""
+    found = torch.zeros_like(x[:, 0])
+    found[:, 1:] += x.diff(dim=2).abs().sum(1)
+    found[:, :, 1:] += x.diff(dim=3).abs().sum(1)
+    return found
+
+
+def over_batches(method: Maps, model: nn.Module, x: Tensor, k: Tensor) -> Tensor:
+    """The method's maps of all images: (N, H, W)."""
+    return torch.cat([method(model, *part) for part in zip(x.split(BATCH), k.split(BATCH), strict=True)])
+
+
+def main(argv=None) -> dict:
+    """Draw the maps, test them; returns the metrics."""
+    args = build_parser().parse_args(argv)
+    device = pick_device(args.device)
+    path = args.ckpt or find_checkpoint(args)
+    model, state = load_network(path, device)
+    test = load_images(args.dataset, "test", args.data_dir, shape=SHAPE)
+    if list(test.classes) != state["classes"]:
+        raise UserError(f"{path} knows the classes {', '.join(state['classes'])}; --dataset {args.dataset} has others")
+    images, y = torch.from_numpy(test.x).to(device), torch.from_numpy(test.y).to(device)
+    right = torch.nonzero(logits_of(model, images).argmax(1) == y)[: args.images, 0]
+    if len(right) < 2:
+        raise UserError(f"{path} gets fewer than two test images right: there is nothing to explain")
+    x, k = pixels(images[right]), y[right]
+    run = start_run(args)
+    seed_everything(args.seed)
+    methods: dict[str, Maps] = {
+        "input gradient": input_gradient_map,
+        "integrated gradients": partial(integrated_gradients, steps=args.steps),
+        "Grad-CAM": lambda model, x, k: grad_cam(model, x, k, cam_layer(model)),
+    }
+    maps = {name: over_batches(method, model, x, k) for name, method in methods.items()}
+    with torch.no_grad():
+        gap = model(x[:BATCH]) - model(baseline_of(x[:BATCH]))
+    gap = gap.gather(1, k[:BATCH, None])[:, 0]
+    missing = (maps["integrated gradients"][:BATCH].sum((1, 2)) - gap).abs().mean() / gap.abs().mean()
+
+    forgotten, similarity, examples = ["none"], {name: [1.0] for name in methods}, {}
+    few = slice(0, BATCH)
+    for name, broken in randomized(model):
+        forgotten.append(name)
+        for method, draw in methods.items():
+            found = over_batches(draw, broken, x[few], k[few])
+            similarity[method].append(rank_correlation(maps[method][few], found).mean().item())
+            examples[method, name] = found[0].cpu().numpy()
+        print(f"{name} shuffled: " + ", ".join(f"{m} {values[-1]:.2f}" for m, values in similarity.items()), flush=True)
+
+    generator = Generator().manual_seed(args.seed)
+    controls = {
+        "the image's edges": edges(model, x, k),
+        "random order": torch.rand(maps["Grad-CAM"].shape, generator=generator),
+    }
+    curves, areas = {}, []
+    for name, values in {**maps, **controls}.items():
+        row = {"map": name}
+        for kind in ("deletion", "insertion"):
+            found = torch.cat(
+                [
+                    curve(model, *part, args.parts, insert=kind == "insertion")
+                    for part in zip(x.split(BATCH), k.split(BATCH), values.to(device).split(BATCH), strict=True)
+                ]
+            )
+            curves[name, kind] = found.mean(0).cpu().numpy()
+            each = area(found).cpu().numpy()
+            row |= {kind: each.mean(), f"{kind}_half_width": half_width(each)}
+        areas.append(row)
+
+    about = f"{state['config']['network']} trained on {state['title']}"
+    figure = draw_maps(images[right[:SHOWN]].cpu().numpy(), maps, [state["classes"][i] for i in k[:SHOWN]], about)
+    save_figure(figure, run.path("saliency_maps.png"))
+    original = {name: values[0].cpu().numpy() for name, values in maps.items()}
+    figure = draw_randomization(forgotten, similarity, original, examples, len(x[few]), about)
+    save_figure(figure, run.path("randomization.png"))
+    save_figure(draw_curves(curves, areas, args.parts, len(x), about), run.path("deletion_insertion.png"))
+    steps = [
+        {"shuffled_down_to": name, **{m: values[i] for m, values in similarity.items()}}
+        for i, name in enumerate(forgotten)
+    ]
+    return run.finish(
+        {
+            "network": state["config"]["network"],
+            "checkpoint": str(path),
+            "images": len(x),
+            "completeness_error": missing.item(),
+            "randomization": steps,
+            "areas": areas,
+        }
+    )
+
+
+def draw_maps(images: np.ndarray, maps: dict[str, Tensor], names: list[str], about: str):
+    """Images (n, 3, H, W) in a row, each with its maps below."""
+    n = len(images)
+    figure, axes = new_figure(1 + len(maps), n, width=1.35 * n + 1.2, height=1.35 * (1 + len(maps)) + 0.9)
+    for column, name in enumerate(names):
+        axes[0, column].imshow(images[column].transpose(1, 2, 0), interpolation="nearest")
+        axes[0, column].set_title(name, fontsize=9)
+        for row, values in enumerate(maps.values(), start=1):
+            show_map(axes[row, column], values[column].cpu().numpy())
+    for ax, name in zip(axes[:, 0], ("image", *maps), strict=True):
+        ax.set_ylabel(name, fontsize=9)
+    for ax in axes.ravel():
+        ax.set(xticks=[], yticks=[])
+    figure.suptitle(f"{about}: what its answers rest on\n(white: much; integrated gradients: red for, blue against)")
+    return figure
+
+
+def show_map(ax, values: np.ndarray) -> None:
+    """A map in grey, or, where it has both signs, in blue and red around white."""
+    top = max(np.abs(values).max(), 1e-30)
+    signed = values.min() < 0
+    ax.imshow(
+        values, cmap="RdBu_r" if signed else "gray", vmin=-top if signed else 0, vmax=top, interpolation="nearest"
+    )
+
+
+def draw_randomization(forgotten, similarity, original, examples, n: int, about: str):
+    """Rank correlation with the original map against the layers shuffled, and the first image's maps on the way."""
+    some = [forgotten[i] for i in np.unique(np.linspace(1, len(forgotten) - 1, 4).round().astype(int))]
+    figure = new_figure(width=11.0, height=4.8)[0]
+    figure.clear()
+    left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
+    ax = left.subplots()
+    for index, (name, values) in enumerate(similarity.items()):
+        ax.plot(range(len(forgotten)), values, marker="o", markersize=4, label=name, **line_style(index))
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set_xticks(
+        range(len(forgotten)), [name.removesuffix(".conv") for name in forgotten], rotation=60, ha="right", fontsize=8
+    )
+    ax.set(xlabel="shuffled from the logits down to", ylabel=f"rank correlation with the map before ({n} images)")
+    ax.legend(loc="upper right")
+    axes = right.subplots(len(similarity), 1 + len(some), squeeze=False)
+    for row, method in enumerate(similarity):
+        show_map(axes[row, 0], original[method])
+        axes[row, 0].set_ylabel(method, fontsize=8)
+        for column, name in enumerate(some, start=1):
+            show_map(axes[row, column], examples[method, name])
+            if not row:
+                axes[row, column].set_title(name.removesuffix(".conv"), fontsize=7)
+    axes[0, 0].set_title("as trained", fontsize=7)
+    for one in axes.ravel():
+        one.set(xticks=[], yticks=[])
+    ends = ", ".join(f"{name} {values[-1]:.2f}" for name, values in similarity.items())
+    figure.suptitle(f"{about}: with all layers shuffled the maps keep a correlation of\n{ends}")
+    return figure
+
+
+def draw_curves(curves, areas: list[dict], parts: int, n: int, about: str):
+    """The class's probability against the share of pixels taken away, and put in."""
+    figure, axes = new_figure(1, 2, width=10.4, height=4.8)
+    share = np.linspace(0, 100, parts + 1)
+    for ax, kind in zip(axes[0], ("deletion", "insertion"), strict=True):
+        for index, row in enumerate(areas):
+            label = f"{row['map']}: area {row[kind]:.2f} ± {row[f'{kind}_half_width']:.2f}"
+            ax.plot(share, curves[row["map"], kind], label=label, **line_style(index))
+        verb = "taken away" if kind == "deletion" else "put in"
+        ax.set(xlabel=f"pixels {verb} (%), the map's largest first", ylabel="probability of the class", ylim=(0, 1.02))
+        better = "small is good" if kind == "deletion" else "large is good"
+        ax.set_title(f"{kind} (area: {better})")
+        ax.legend(fontsize=8.5)
+    best = {
+        kind: pick(areas, key=lambda row, kind=kind: row[kind])
+        for kind, pick in (("deletion", min), ("insertion", max))
+    }
+    figure.suptitle(
+        f"{about}, {n} images: the probability falls soonest by {best['deletion']['map']},\n"
+        f"and rises soonest by {best['insertion']['map']}"
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(main, build_parser)
