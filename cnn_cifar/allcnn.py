@@ -238,8 +238,8 @@ def draw_augmentations(x: Tensor, seed: int, title: str):
     rows["crop"] = random_crop(x, generator)
     rows["colour jitter"] = random_color_jitter(x, generator)
     rows["Cutout"] = random_cutout(x, generator, CUTOUT)
-    rows["flip, crop and jitter"] = augmented(x, generator, cutout=False)
-    rows["the same, again"] = augmented(x, generator, cutout=False)
+    rows["all but Cutout"] = augmented(x, generator, cutout=False)
+    rows["again"] = augmented(x, generator, cutout=False)
     figure, axes = new_figure(len(rows), width=7.4, height=0.78 * len(rows) + 0.6)
     for ax, (name, images) in zip(axes[:, 0], rows.items(), strict=True):
         image_grid(ax, images.numpy(), len(x))

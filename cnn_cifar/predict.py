@@ -110,7 +110,7 @@ def draw(x: np.ndarray, rows: list[dict], truth: list[str] | None, about: str):
         left.imshow(x[at].transpose(1, 2, 0), interpolation="nearest")
         for place, one in enumerate(rows[at]["top"]):
             wrong = truth is not None and one["class"] != truth[at]
-            right.barh(place, one["probability"], color="#BBBBBB" if wrong else COLORS[0])
+            right.barh(place, one["probability"], color="#BBBBBB" if wrong else COLORS[0], alpha=0.5)
             right.text(0.02, place, f"{one['class']} {one['probability']:.1%}", va="center", fontsize=8)
         right.set(xlim=(0, 1), ylim=(2.6, -0.6))
     if truth is None:

@@ -64,6 +64,16 @@ def test_a_linear_networks_maps_are_its_weights(linear):
     assert torch.allclose(integrated_gradients(linear, x, k, steps=3), expected, atol=1e-7)
 
 
+def test_the_midpoint_rule_is_exact_where_the_gradient_is_linear():
+    class Squares(nn.Module):
+        def forward(self, x):
+            return (x**2).sum((1, 2, 3))[:, None] * torch.tensor([1.0, -2.0], dtype=x.dtype)
+
+    x, k = torch.rand(2, 3, 4, 4, dtype=torch.float64), torch.tensor([0, 1])
+    expected = (x**2 - baseline_of(x) ** 2).sum(1) * torch.tensor([1.0, -2.0])[:, None, None]
+    assert torch.allclose(integrated_gradients(Squares(), x, k, steps=2), expected, atol=1e-6)
+
+
 def test_integrated_gradients_add_up(model, batch):
     x, k = batch
     with torch.no_grad():
@@ -76,9 +86,9 @@ def test_integrated_gradients_add_up(model, batch):
 def test_grad_cam_is_the_weighted_sum_of_the_maps():
     torch.manual_seed(0)
     layer = nn.Conv2d(3, 4, 3, stride=2, padding=1)
-    network = nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    network = nn.Sequential(layer, nn.Flatten(), nn.Linear(4 * 4 * 4, 5))
     x, k = torch.rand(2, 3, 8, 8), torch.tensor([4, 1])
-    maps, weights = layer(x), network[3].weight[k] / 16  # ∂z_k/∂A is the weight over the 4×4 positions
+    maps, weights = layer(x), network[2].weight[k].view(2, 4, 16).mean(2)  # ∂z_k/∂A are the weights
     expected = F.relu(torch.einsum("bc,bchw->bhw", weights, maps))
     enlarged = F.interpolate(expected[:, None], size=(8, 8), mode="bilinear", align_corners=False)[:, 0]
     assert torch.allclose(grad_cam(network, x, k, layer), enlarged, atol=1e-6)
