@@ -237,9 +237,9 @@ def draw_augmentations(x: Tensor, seed: int, title: str):
     rows["flip"] = random_flip(x, generator)
     rows["crop"] = random_crop(x, generator)
     rows["colour jitter"] = random_color_jitter(x, generator)
-    rows["Cutout"] = random_cutout(x, generator, CUTOUT)
     rows["together"] = augmented(x, generator, cutout=False)
     rows["again"] = augmented(x, generator, cutout=False)
+    rows["Cutout"] = random_cutout(x, generator, CUTOUT)
     figure, axes = new_figure(len(rows), width=7.4, height=0.78 * len(rows) + 0.6)
     for ax, (name, images) in zip(axes[:, 0], rows.items(), strict=True):
         image_grid(ax, images.numpy(), len(x))
