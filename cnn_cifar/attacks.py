@@ -9,40 +9,27 @@ clip cuts to [0, 1], clip_ε to [0, 1] and to [x − ε, x + ε]. The networks t
 inside, so that ε and α are pixel values; 8/255 is usual on CIFAR-10. A step along the sign is the largest rise of the
 linearised loss that ‖δ‖∞ ≤ α allows.
 
-The networks are asked in evaluation mode, and their own mode is put back afterwards; no parameter's `.grad` is touched.
+The networks are asked in evaluation mode, and their own modes put back afterwards; no parameter's `.grad` is touched.
 Sources: Goodfellow et al. 2015 (FGSM); Kurakin et al. 2017 (iterative); Madry et al. 2018 (PGD).
 Shapes: B images x (B, 3, H, W) of [0, 1], labels y int64 (B,).
 """
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from cnn_cifar.inputs import evaluating
 from shared_utils.cli import UserError
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode: BatchNorm would mix the images, and learn from the attack."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Each image's gradient of its own loss, shaped like x; in units of nats per pixel value of 1."""
     with evaluating(model), torch.enable_grad():
         x = x.detach().requires_grad_()
-        logits = model(x)  # (B, K)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits, y, reduction="sum")  # a mean would divide each image's gradient by B
+        loss = _losses(model(x), y).sum()  # a mean would divide each image's gradient by B
         return torch.autograd.grad(loss, x)[0]
 
 
@@ -55,7 +42,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
 def iterative_fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> Tensor:
     """So many steps of size alpha, never further than eps. Errors: as `fgsm`; alpha ≤ 0; steps < 1."""
     _check(x, eps, alpha, steps)
-    return _ascend(model, x, x, y, eps, alpha, steps)
+    return _last(ascent(model, x, x, y, eps, alpha, steps))
 
 
 def pgd(
@@ -78,7 +65,7 @@ def pgd(
     for _ in range(restarts):
         uniform = torch.rand(x.shape, generator=generator, device=generator.device if generator else x.device)
         start = (x + eps * (2 * uniform.to(x.device) - 1)).clamp(0, 1)
-        found = _ascend(model, start, x, y, eps, alpha, steps)
+        found = _last(ascent(model, start, x, y, eps, alpha, steps))
         score = _badness(model, found, y)  # (B,)
         if worst_score is None:
             worst, worst_score = found, score
@@ -89,21 +76,40 @@ def pgd(
     return worst
 
 
-def _ascend(model: nn.Module, start: Tensor, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> Tensor:
+def ascent(
+    model: nn.Module, start: Tensor, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int
+) -> Iterator[Tensor]:
+    """The images after each step of size alpha up the loss, from `start`, never further than eps from x."""
     low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
     moved = start
     for _ in range(steps):
         moved = moved + alpha * input_gradient(model, moved, y).sign()
         moved = torch.minimum(torch.maximum(moved, low), high)
-    return moved
+        yield moved
+
+
+def _last(items: Iterator[Tensor]) -> Tensor:
+    *_, last = items
+    return last
+
+
+def _losses(logits: Tensor, y: Tensor) -> Tensor:
+    """The cross-entropy of each image, (B, K) → (B,), as log(1 + exp(log Σ_{j≠y} exp z_j − z_y)).
+
+    It is the same number; but log-softmax's gradient by z_y, p_y − 1, is rounded to 0 in float32 where an answer is
+    sure by 17 nats, which would hide the way out of it.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    others = logits.scatter(1, y[:, None], -math.inf).logsumexp(1)
+    return F.softplus(others - logits.gather(1, y[:, None])[:, 0])
 
 
 @torch.no_grad()
 def _badness(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The loss of each image, (B,), those of misclassified ones above all others."""
     with evaluating(model):
-        logits = model(x).float()
-    loss = F.cross_entropy(logits, y, reduction="none")  # at most ln K where the right class has the largest logit
+        logits = model(x)
+    loss = _losses(logits, y)  # at most ln K where the right class has the largest logit
     return loss + math.log(logits.shape[1]) * (logits.argmax(1) != y)
 
 

@@ -2,14 +2,15 @@
 
     input gradient         max over the channels of |∂z_k/∂x|
     integrated gradients   Σ over the channels of (x − x̄) · (1/m) Σᵢ ∂z_k/∂x at x̄ + (i − ½)/m · (x − x̄)
-    Grad-CAM               ReLU(Σ_c w_c A_c),   w_c = mean over the positions of ∂z_k/∂A_c
+    Grad-CAM               Σ_c w_c A_c,   w_c = mean over the positions of ∂z_k/∂A_c
 
 z_k is the logit of class k, x̄ a baseline without content, A the maps of a layer. Integrated gradients add up to
 z_k(x) − z_k(x̄), which is their reason and their test.
 
 A map that looks right proves nothing. It should change when the weights do (`randomized`: the layers forgotten one by
 one, from the logits down), and the pixels it calls important should matter (`curve`: the class's probability when they
-are taken away or put in first).
+are taken away or put in first), more than those that another image's map calls so. Grad-CAM is usually cut off below 0;
+here that is left to the picture, for a map that is 0 at most pixels puts them in no order.
 Sources: Simonyan et al. 2014; Sundararajan et al. 2017; Selvaraju et al. 2017; Adebayo et al. 2018 (forgotten weights);
 Petsiuk et al. 2018 (deletion and insertion).
 Shapes: B images x (B, 3, H, W) of [0, 1], classes k int64 (B,), maps (B, H, W).
@@ -53,7 +54,10 @@ def integrated_gradients(model: nn.Module, x: Tensor, k: Tensor, steps: int = 32
 
 
 def grad_cam(model: nn.Module, x: Tensor, k: Tensor, layer: nn.Module) -> Tensor:
-    """Where the maps of `layer` that speak for class k are active: (B, H, W), enlarged bilinearly, 0 or more."""
+    """Where the maps of `layer` speak for class k, above 0, or against it: (B, H, W), enlarged bilinearly.
+
+    The enlargement spreads the maps evenly over the image; a layer that lost rows to a pooling saw a little less.
+    """
     kept = []
     handle = layer.register_forward_hook(lambda module, given, output: kept.append(output))
     try:
@@ -64,7 +68,7 @@ def grad_cam(model: nn.Module, x: Tensor, k: Tensor, layer: nn.Module) -> Tensor
     finally:
         handle.remove()
     weights = gradient.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
-    cam = F.relu((weights * maps.detach()).sum(1, keepdim=True))  # (B, 1, h, w)
+    cam = (weights * maps.detach()).sum(1, keepdim=True)  # (B, 1, h, w)
     return F.interpolate(cam, size=x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
 
 
@@ -83,12 +87,13 @@ def randomized(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Spearman's correlation of two maps for each image: (B, H, W) twice → (B,) on the CPU; 0 where one is constant.
+    """Spearman's correlation of two maps for each image: (B, H, W) twice → (B,) on the CPU; NaN where one is constant.
 
-    Equal values share their mean rank: Grad-CAM is 0 at many pixels.
+    Equal values share their mean rank.
     """
     ranks = [torch.from_numpy(rankdata(values.flatten(1).cpu().numpy(), axis=1)) for values in (a, b)]  # (B, H W)
-    return F.cosine_similarity(*(rank - rank.mean(1, keepdim=True) for rank in ranks))
+    centred = [rank - rank.mean(1, keepdim=True) for rank in ranks]
+    return (centred[0] * centred[1]).sum(1) / (centred[0].norm(dim=1) * centred[1].norm(dim=1))
 
 
 @torch.no_grad()
@@ -97,7 +102,8 @@ def curve(model: nn.Module, x: Tensor, k: Tensor, maps: Tensor, parts: int, inse
 
     insert: put in instead, beginning with the baseline. Returns (B, parts + 1).
     """
-    order = maps.flatten(1).argsort(1, descending=True).argsort(1).view_as(maps)  # the rank of each pixel, from 0
+    ranked = maps.flatten(1).argsort(dim=1, descending=True, stable=True)  # (B, H W), the largest pixel first
+    order = ranked.argsort(1).view_as(maps)  # the rank of each pixel, from 0
     without, pixels, found = baseline_of(x), maps[0].numel(), []
     for part in range(parts + 1):
         chosen = (order < round(part / parts * pixels))[:, None]  # (B, 1, H, W)

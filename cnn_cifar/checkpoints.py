@@ -31,10 +31,10 @@ def load_network(path: str | Path, device="cpu") -> tuple[nn.Module, dict]:
     state = checkpoint.load(path, device=device)
     try:
         config = dict(state["config"])
-        network = NETWORKS[config.pop("network")](**config).to(device)
+        network = NETWORKS[config.pop("network")](**config)
         network.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, RuntimeError):  # a part is missing, or does not fit the others
         raise UserError(f"{path} holds no network of cnn_cifar ({', '.join(NETWORKS)})") from None
     if not {"classes", "title"} <= state.keys():
         raise UserError(f"{path} does not say which classes its network knows")
-    return network.eval(), state
+    return network.to(device).eval(), state

@@ -5,7 +5,7 @@
 
 Attacks (attacks.py) on a network that allcnn.py or fast_cifar.py trained: `--eps` in grey levels of 255, and `--alpha`
 (a fifth of it by default) for the iterative one of `--steps` steps. PGD's α is 2.5 ε over its number of steps, so that
-it can cross the ball and come back. What counts is the worst case: an image is safe when no attack moves it.
+it can cross the ball. What counts is the worst case: an image is safe when no attack at ε moves it (`strongest`).
 
 One step says little: where the loss is curved, its gradient points past the nearest mistake. So accuracy is measured
 against ε, against the number of steps and of starts, and beside noise of the same size, each pixel moved by +ε or −ε at
@@ -34,7 +34,7 @@ from cnn_cifar.attack_measures import (
     noise,
     survivors,
 )
-from cnn_cifar.attacks import fgsm, input_gradient, iterative_fgsm, pgd
+from cnn_cifar.attacks import ascent, fgsm, input_gradient, iterative_fgsm, pgd
 from cnn_cifar.checkpoints import find_checkpoint, load_network
 from cnn_cifar.inputs import SHAPE, Split, pixels, share
 from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main
@@ -103,30 +103,35 @@ def main(argv=None) -> dict:
     found["iterative"] = accuracy(some, lambda x, y: iterative_fgsm(model, x, y, eps, alpha, args.steps))
     said(found)
 
-    by_eps = []
+    by_eps, safe = [], [clean[: len(some)]]  # of each attack at ε, who survives
     for size in sorted({*EPSILONS, args.eps}):
         attacks = {
             "noise": lambda x, y, size=size: noise(x, size / 255, generator),
             "FGSM": lambda x, y, size=size: fgsm(model, x, y, size / 255),
             "PGD-20": ascents(size / 255, 20, 1),
         }
-        safe = {name: survivors(model, some, attack) for name, attack in attacks.items()}
-        row = {"eps": size, **{name: share(right) for name, right in safe.items()}}
-        row["worst case"] = share(torch.stack(list(safe.values())).all(0))
+        right = {}
+        for name, attack in attacks.items():
+            started = time.perf_counter()
+            right[name] = survivors(model, some, attack)
+            seconds = time.perf_counter() - started
+        row = {"eps": size, **{name: share(mask) for name, mask in right.items()}}
+        row["worst case"] = share(torch.stack([safe[0], *right.values()]).all(0))
         by_eps.append(said(row))
+        if size == args.eps:
+            safe += right.values()
+            pgd20_seconds = seconds  # PGD-20 is the last of them
     by_steps = []
     for steps in STEPS:
-        row = {"steps": steps, "one start": accuracy(some, ascents(eps, steps, 1))}
-        row["several starts"] = accuracy(some, ascents(eps, steps, args.restarts))
-        by_steps.append(said(row))
-    started = time.perf_counter()
-    accuracy(some, ascents(eps, 20, 1))
-    seconds = time.perf_counter() - started
-    at_eps = next(row for row in by_eps if row["eps"] == args.eps)
-    checks = masking_checks(model, some, at_eps, by_steps, accuracy(some, ascents(1.0, 20, 1)))
+        once, often = (survivors(model, some, ascents(eps, steps, starts)) for starts in (1, args.restarts))
+        safe += [once, often]
+        by_steps.append(said({"steps": steps, "one start": share(once), "several starts": share(often)}))
+    worst = share(torch.stack(safe).all(0))
+    everything = share(survivors(model, some, ascents(1.0, 20, 1)))
+    checks = masking_checks(model, some, by_eps, args.eps, by_steps, everything)
 
     x, y = pixels(some.x[:BATCH]), some.y[:BATCH]
-    stages = [x] + [iterative_fgsm(model, x, y, eps, alpha, step) for step in range(1, args.steps + 1)]
+    stages = [x, *ascent(model, x, x, y, eps, alpha, args.steps)]
     rise = np.stack([losses(model, moved, y).cpu().numpy() for moved in stages])  # (steps + 1, n)
     answers = [logits_of_floats(model, moved).softmax(1).cpu().numpy() for moved in stages]  # (n, K) each
     right = np.stack([p.argmax(1) == y.cpu().numpy() for p in answers])  # (steps + 1, n)
@@ -147,7 +152,9 @@ def main(argv=None) -> dict:
         about,
     )
     save_figure(figure, run.path("attack_image_progression_example0.png"))
-    save_figure(draw_by_eps(by_eps, found["clean_of_some"], len(some), about), run.path("accuracy_vs_eps.png"))
+    save_figure(
+        draw_by_eps(by_eps, args.eps, found["clean_of_some"], len(some), about), run.path("accuracy_vs_eps.png")
+    )
     save_figure(draw_by_steps(by_steps, args, len(some), about), run.path("accuracy_vs_steps.png"))
     save_figure(draw_checks(checks, about), run.path("masking_checks.png"))
     shared = {"network": state["config"]["network"], "checkpoint": str(path), "eps": args.eps, "alpha": 255 * alpha}
@@ -156,9 +163,8 @@ def main(argv=None) -> dict:
         "images": len(some),
         "restarts": args.restarts,
         "accuracy": found,
-        "pgd20_seconds": seconds,
+        "pgd20_seconds": pgd20_seconds,
     }
-    worst = min(row["several starts"] for row in by_steps)
     shared |= {"strongest": worst, "interval": list(wilson_interval(round(worst * len(some)), len(some)))}
     return run.finish({**shared, "by_eps": by_eps, "by_steps": by_steps, "checks": checks})
 
@@ -236,7 +242,7 @@ def draw_progression(stages: np.ndarray, answers: np.ndarray, classes: list[str]
     return figure
 
 
-def draw_by_eps(table: list[dict], clean: float, n: int, about: str):
+def draw_by_eps(table: list[dict], at: float, clean: float, n: int, about: str):
     """Accuracy against ε under noise, one step, twenty steps, and the worst of them for each image."""
     figure, axes = new_figure(width=7.4, height=4.6)
     ax, eps = axes[0, 0], [0, *(row["eps"] for row in table)]
@@ -246,11 +252,9 @@ def draw_by_eps(table: list[dict], clean: float, n: int, about: str):
         ax.plot(eps, [100 * value for value in values], marker="o", markersize=4, label=label, **line_style(index))
     ax.set(xlabel="ε (of 255)", ylabel="accuracy (%)", ylim=(-2, 102))
     ax.legend(loc="upper right")
-    largest = table[-1]
-    figure.suptitle(
-        f"{about}, {n:,} test images: at ε = {largest['eps']:g}\n"
-        + ", ".join(f"{name} leaves {largest[name]:.1%}" for name in ("noise", "FGSM", "PGD-20"))
-    )
+    row = next(row for row in table if row["eps"] == at)
+    left = ", ".join(f"{name} leaves {row[name]:.1%}" for name in ("noise", "FGSM", "PGD-20"))
+    figure.suptitle(f"{about}, {n:,} test images: of {clean:.1%} at ε = {at:g}/255\n{left}")
     return figure
 
 

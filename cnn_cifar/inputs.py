@@ -4,6 +4,8 @@ Shapes: N images, B batch, H W pixels, K classes.
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -65,18 +67,23 @@ def pixels(x: Tensor) -> Tensor:
     return (x / 255).contiguous(memory_format=torch.channels_last)
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; afterwards each of its layers is in the mode it was in."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 @torch.no_grad()
 def logits_of(network: nn.Module, x: Tensor, amp: bool = False) -> Tensor:
-    """The network's logits for uint8 images x (N, 3, H, W), in evaluation mode: float32 (N, K).
-
-    The mode it was in is put back.
-    """
-    training = network.training
-    network.eval()
-    with autocast(x.device, amp):
-        logits = torch.cat([network(pixels(batch)).float() for batch in x.split(EVALUATED_TOGETHER)])
-    network.train(training)
-    return logits
+    """The network's logits for uint8 images x (N, 3, H, W), in evaluation mode: float32 (N, K)."""
+    with evaluating(network), autocast(x.device, amp):
+        return torch.cat([network(pixels(batch)).float() for batch in x.split(EVALUATED_TOGETHER)])
 
 
 def share(mask: Tensor) -> float:

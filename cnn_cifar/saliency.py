@@ -8,10 +8,12 @@ integrated gradients, Grad-CAM (attributions.py has the equations). And two test
 images that the network gets right:
 
 - The layers' weights are shuffled one after the other, from the logits down. A map that explains the network should
-  soon have nothing in common with the one before (rank correlation 0).
+  soon have nothing in common with the one before (rank correlation 0). Shuffled weights change signs, so a map with
+  signs loses them at once and may keep the rest: integrated gradients are compared with and without.
 - The pixels are replaced by the mean colour, the map's largest first; a good map makes the probability fall at once
-  (deletion), and rise at once where they are put in (insertion). A random order and the image's own edges, which know
-  nothing of the network, stand beside it.
+  (deletion), and rise at once where they are put in (insertion). How fast depends on the grain of the order as well:
+  scattered pixels spoil an image sooner than patches do. So each map is held against the same kind of map of another
+  image, and the difference counts.
 
 Writes saliency_maps.png, randomization.png, deletion_insertion.png, metrics.json.
 Sources: Simonyan et al. 2014; Sundararajan et al. 2017; Selvaraju et al. 2017; Adebayo et al. 2018; Petsiuk et al.
@@ -24,7 +26,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from cnn_cifar.attributions import (
     area,
@@ -42,13 +44,14 @@ from cnn_cifar.models import AllCNN
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.data import load_images
 from shared_utils.device import pick_device
-from shared_utils.plotting import line_style, new_figure, save_figure
+from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 from shared_utils.stats import half_width
 
 BATCH = 100  # images at once
 SHOWN = 6  # images in the figure of maps
+KINDS = ("deletion", "insertion")
 Maps = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
@@ -65,16 +68,8 @@ def build_parser():
 
 
 def cam_layer(model: nn.Module) -> nn.Module:
-    """The deepest layer that still has maps of 7×7 or 8×8 positions."""
+    """The deepest layer with maps of 7×7 or 8×8 positions, before the classes' own maps."""
     return model.block8 if isinstance(model, AllCNN) else model.blocks[1]
-
-
-def edges(model: nn.Module, x: Tensor, k: Tensor) -> Tensor:
-    """How much each pixel differs from its neighbours: (N, H, W); knows the image alone."""
-    found = torch.zeros_like(x[:, 0])
-    found[:, 1:] += x.diff(dim=2).abs().sum(1)
-    found[:, :, 1:] += x.diff(dim=3).abs().sum(1)
-    return found
 
 
 def over_batches(method: Maps, model: nn.Module, x: Tensor, k: Tensor) -> Tensor:
@@ -92,9 +87,10 @@ def main(argv=None) -> dict:
     if list(test.classes) != state["classes"]:
         raise UserError(f"{path} knows the classes {', '.join(state['classes'])}; --dataset {args.dataset} has others")
     images, y = torch.from_numpy(test.x).to(device), torch.from_numpy(test.y).to(device)
-    right = torch.nonzero(logits_of(model, images).argmax(1) == y)[: args.images, 0]
-    if len(right) < 2:
-        raise UserError(f"{path} gets fewer than two test images right: there is nothing to explain")
+    right = torch.nonzero(logits_of(model, images).argmax(1) == y)[:, 0]
+    if min(len(right), args.images) < 2:
+        raise UserError(f"needs at least two images; --images is {args.images}, and {path} gets {len(right)} right")
+    right = right[: args.images]
     x, k = pixels(images[right]), y[right]
     run = start_run(args)
     seed_everything(args.seed)
@@ -109,47 +105,40 @@ def main(argv=None) -> dict:
     gap = gap.gather(1, k[:BATCH, None])[:, 0]
     missing = (maps["integrated gradients"][:BATCH].sum((1, 2)) - gap).abs().mean() / gap.abs().mean()
 
-    forgotten, similarity, examples = ["none"], {name: [1.0] for name in methods}, {}
-    few = slice(0, BATCH)
+    forgotten, steps, examples, few = ["none"], [], {}, slice(0, BATCH)
+    compared = {name: values[few] for name, values in maps.items()}
+    compared["|integrated gradients|"] = compared["integrated gradients"].abs()
     for name, broken in randomized(model):
         forgotten.append(name)
-        for method, draw in methods.items():
-            found = over_batches(draw, broken, x[few], k[few])
-            similarity[method].append(rank_correlation(maps[method][few], found).mean().item())
-            examples[method, name] = found[0].cpu().numpy()
-        print(f"{name} shuffled: " + ", ".join(f"{m} {values[-1]:.2f}" for m, values in similarity.items()), flush=True)
+        found = {method: over_batches(draw, broken, x[few], k[few]) for method, draw in methods.items()}
+        examples |= {(method, name): values[0].cpu().numpy() for method, values in found.items()}
+        found["|integrated gradients|"] = found["integrated gradients"].abs()
+        each = {method: rank_correlation(compared[method], values) for method, values in found.items()}
+        empty = max(values.isnan().float().mean().item() for values in each.values())
+        means = {m: None if values.isnan().all() else values.nanmean().item() for m, values in each.items()}
+        steps.append({"shuffled_down_to": name, **means, "most_empty_maps": empty})
+        shown = ", ".join(f"{m} {'–' if value is None else format(value, '.2f')}" for m, value in means.items())
+        print(f"{name} shuffled: {shown}", flush=True)
 
-    generator = Generator().manual_seed(args.seed)
-    controls = {
-        "the image's edges": edges(model, x, k),
-        "random order": torch.rand(maps["Grad-CAM"].shape, generator=generator),
-    }
     curves, areas = {}, []
-    for name, values in {**maps, **controls}.items():
+    for name, values in maps.items():
         row = {"map": name}
-        for kind in ("deletion", "insertion"):
-            found = torch.cat(
-                [
-                    curve(model, *part, args.parts, insert=kind == "insertion")
-                    for part in zip(x.split(BATCH), k.split(BATCH), values.to(device).split(BATCH), strict=True)
-                ]
-            )
-            curves[name, kind] = found.mean(0).cpu().numpy()
-            each = area(found).cpu().numpy()
-            row |= {kind: each.mean(), f"{kind}_half_width": half_width(each)}
+        for kind in KINDS:
+            pair = [tested(model, x, k, order, args.parts, kind) for order in (values, values.roll(1, 0))]
+            curves[name, kind] = [both.mean(0).cpu().numpy() for both in pair]
+            own, others = (area(both).cpu().numpy() for both in pair)
+            gain = others - own if kind == "deletion" else own - others  # better is above 0 for both
+            row |= {kind: own.mean(), f"{kind}_by_another": others.mean()}
+            row |= {f"{kind}_gain": gain.mean(), f"{kind}_gain_half_width": half_width(gain)}
         areas.append(row)
 
     about = f"{state['config']['network']} trained on {state['title']}"
     figure = draw_maps(images[right[:SHOWN]].cpu().numpy(), maps, [state["classes"][i] for i in k[:SHOWN]], about)
     save_figure(figure, run.path("saliency_maps.png"))
     original = {name: values[0].cpu().numpy() for name, values in maps.items()}
-    figure = draw_randomization(forgotten, similarity, original, examples, len(x[few]), about)
+    figure = draw_randomization(forgotten, steps, original, examples, len(x[few]), about)
     save_figure(figure, run.path("randomization.png"))
     save_figure(draw_curves(curves, areas, args.parts, len(x), about), run.path("deletion_insertion.png"))
-    steps = [
-        {"shuffled_down_to": name, **{m: values[i] for m, values in similarity.items()}}
-        for i, name in enumerate(forgotten)
-    ]
     return run.finish(
         {
             "network": state["config"]["network"],
@@ -157,9 +146,16 @@ def main(argv=None) -> dict:
             "images": len(x),
             "completeness_error": missing.item(),
             "randomization": steps,
+            "last": steps[-1],
             "areas": areas,
         }
     )
+
+
+def tested(model: nn.Module, x: Tensor, k: Tensor, order: Tensor, parts: int, kind: str) -> Tensor:
+    """`curve` of all images by batches: (N, parts + 1)."""
+    batches = zip(x.split(BATCH), k.split(BATCH), order.split(BATCH), strict=True)
+    return torch.cat([curve(model, *part, parts, insert=kind == "insertion") for part in batches])
 
 
 def draw_maps(images: np.ndarray, maps: dict[str, Tensor], names: list[str], about: str):
@@ -175,7 +171,9 @@ def draw_maps(images: np.ndarray, maps: dict[str, Tensor], names: list[str], abo
         ax.set_ylabel(name, fontsize=9)
     for ax in axes.ravel():
         ax.set(xticks=[], yticks=[])
-    figure.suptitle(f"{about}: what its answers rest on\n(white: much; integrated gradients: red for, blue against)")
+    figure.suptitle(
+        f"{about}: what its answers rest on\n(red: for the class, blue: against it; input gradient: white is much)"
+    )
     return figure
 
 
@@ -188,23 +186,24 @@ def show_map(ax, values: np.ndarray) -> None:
     )
 
 
-def draw_randomization(forgotten, similarity, original, examples, n: int, about: str):
+def draw_randomization(forgotten: list[str], steps: list[dict], original: dict, examples: dict, n: int, about: str):
     """Rank correlation with the original map against the layers shuffled, and the first image's maps on the way."""
     some = [forgotten[i] for i in np.unique(np.linspace(1, len(forgotten) - 1, 4).round().astype(int))]
     figure = new_figure(width=11.0, height=4.8)[0]
     figure.clear()
     left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
     ax = left.subplots()
-    for index, (name, values) in enumerate(similarity.items()):
+    compared = [*original, "|integrated gradients|"]
+    for index, name in enumerate(compared):
+        values = [1.0, *(np.nan if row[name] is None else row[name] for row in steps)]
         ax.plot(range(len(forgotten)), values, marker="o", markersize=4, label=name, **line_style(index))
     ax.axhline(0, color="black", linewidth=0.8)
-    ax.set_xticks(
-        range(len(forgotten)), [name.removesuffix(".conv") for name in forgotten], rotation=60, ha="right", fontsize=8
-    )
+    names = [name.removesuffix(".conv") for name in forgotten]
+    ax.set_xticks(range(len(forgotten)), names, rotation=60, ha="right", fontsize=8)
     ax.set(xlabel="shuffled from the logits down to", ylabel=f"rank correlation with the map before ({n} images)")
     ax.legend(loc="upper right")
-    axes = right.subplots(len(similarity), 1 + len(some), squeeze=False)
-    for row, method in enumerate(similarity):
+    axes = right.subplots(len(original), 1 + len(some), squeeze=False)
+    for row, method in enumerate(original):
         show_map(axes[row, 0], original[method])
         axes[row, 0].set_ylabel(method, fontsize=8)
         for column, name in enumerate(some, start=1):
@@ -214,32 +213,30 @@ def draw_randomization(forgotten, similarity, original, examples, n: int, about:
     axes[0, 0].set_title("as trained", fontsize=7)
     for one in axes.ravel():
         one.set(xticks=[], yticks=[])
-    ends = ", ".join(f"{name} {values[-1]:.2f}" for name, values in similarity.items())
+    last = {name: "nothing to compare" if steps[-1][name] is None else f"{steps[-1][name]:.2f}" for name in compared}
+    ends = ", ".join(f"{name} {value}" for name, value in last.items())
     figure.suptitle(f"{about}: with all layers shuffled the maps keep a correlation of\n{ends}")
     return figure
 
 
-def draw_curves(curves, areas: list[dict], parts: int, n: int, about: str):
-    """The class's probability against the share of pixels taken away, and put in."""
-    figure, axes = new_figure(1, 2, width=10.4, height=4.8)
+def draw_curves(curves: dict, areas: list[dict], parts: int, n: int, about: str):
+    """The class's probability against the share of pixels taken away, and put in, by each map and another image's."""
+    figure, axes = new_figure(1, 2, width=11.0, height=5.0)
     share = np.linspace(0, 100, parts + 1)
-    for ax, kind in zip(axes[0], ("deletion", "insertion"), strict=True):
+    for ax, kind in zip(axes[0], KINDS, strict=True):
         for index, row in enumerate(areas):
-            label = f"{row['map']}: area {row[kind]:.2f} ± {row[f'{kind}_half_width']:.2f}"
-            ax.plot(share, curves[row["map"], kind], label=label, **line_style(index))
+            own, others = curves[row["map"], kind]
+            gain = f"{row[f'{kind}_gain']:+.3f} ± {row[f'{kind}_gain_half_width']:.3f}"
+            ax.plot(share, own, color=COLORS[index], label=f"{row['map']}: better by {gain}")
+            ax.plot(share, others, color=COLORS[index], linestyle=":", label="… by another image's map")
         verb = "taken away" if kind == "deletion" else "put in"
         ax.set(xlabel=f"pixels {verb} (%), the map's largest first", ylabel="probability of the class", ylim=(0, 1.02))
-        better = "small is good" if kind == "deletion" else "large is good"
-        ax.set_title(f"{kind} (area: {better})")
-        ax.legend(fontsize=8.5)
-    best = {
-        kind: pick(areas, key=lambda row, kind=kind: row[kind])
-        for kind, pick in (("deletion", min), ("insertion", max))
-    }
-    figure.suptitle(
-        f"{about}, {n} images: the probability falls soonest by {best['deletion']['map']},\n"
-        f"and rises soonest by {best['insertion']['map']}"
-    )
+        better = "a small area is good" if kind == "deletion" else "a large area is good"
+        ax.set_title(f"{kind}: {better}")
+        ax.legend(fontsize=8)
+    says = [row["map"] for row in areas if all(row[f"{k}_gain"] > row[f"{k}_gain_half_width"] for k in KINDS)]
+    finding = f"in both tests better than another image's map: {', '.join(says) or 'none'}"
+    figure.suptitle(f"{about}, {n} images;\n{finding} (difference of the areas, 95 % interval)")
     return figure
 
 

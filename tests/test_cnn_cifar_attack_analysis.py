@@ -98,24 +98,29 @@ def test_fgsm_agrees_with_its_independent_twin(model, split):
 
 
 def rows_of_checks(**changed):
-    by_eps = {"noise": 0.9, "FGSM": 0.4, "PGD-20": 0.1} | changed.get("by_eps", {})
+    """What `masking_checks` takes after model and images: all in order but for what is changed."""
+    row = {"eps": 8, "noise": 0.9, "FGSM": 0.4, "PGD-20": 0.1} | changed.get("row", {})
+    larger = {"eps": 16, "PGD-20": changed.get("larger", 0.105)}
     by_steps = [{"steps": i, "one start": value} for i, value in enumerate(changed.get("steps", (0.4, 0.2, 0.205)))]
-    return by_eps, by_steps, changed.get("everything", 0.0)
+    return [row, larger], 8, by_steps, changed.get("everything", 0.0)
 
 
 @pytest.mark.parametrize(
     ("failing", "changed"),
     [
         (None, {}),
-        (0, {"by_eps": {"PGD-20": 0.5}}),
-        (1, {"by_eps": {"noise": 0.3}}),
+        (None, {"row": {"PGD-20": 0.405}, "larger": 0.3}),  # a point is chance
+        (0, {"row": {"noise": 0.405}}),
+        (0, {"row": {"noise": 0.3}}),
+        (1, {"row": {"PGD-20": 0.5}, "larger": 0.3}),
         (2, {"steps": (0.4, 0.2, 0.22)}),
-        (3, {"everything": 0.01}),
+        (3, {"larger": 0.2}),
+        (4, {"everything": 0.01}),
     ],
 )
 def test_each_check_fails_where_it_should(model, split, failing, changed):
     passes = [row["passes"] for row in masking_checks(model, split, *rows_of_checks(**changed))]
-    assert passes == [i != failing for i in range(5)]
+    assert passes == [i != failing for i in range(6)]
 
 
 def test_a_gradient_that_is_gone_is_seen(split):
@@ -124,7 +129,7 @@ def test_a_gradient_that_is_gone_is_seen(split):
             return torch.zeros(len(x), 10) + 0 * x.flatten(1)[:, :10]
 
     found = masking_checks(Blind(), split, *rows_of_checks())
-    assert [row["passes"] for row in found] == [True] * 4 + [False]
+    assert [row["passes"] for row in found] == [True] * 5 + [False]
     assert found[-1]["measured"] == "100.0% of the images"
 
 
@@ -149,6 +154,11 @@ def test_the_script_writes_what_it_says_and_its_numbers_agree(model, checkpoint_
         expected = fgsm_accuracy_again(model, some, row["eps"] / 255)
         assert row["FGSM"] == pytest.approx(expected)
         assert row["worst case"] <= min(row["noise"], row["FGSM"], row["PGD-20"])
+    clean = accuracy["clean_of_some"]
+    assert metrics["strongest"] <= min(
+        clean, *(min(row["one start"], row["several starts"]) for row in metrics["by_steps"])
+    )
+    assert metrics["strongest"] <= next(row["worst case"] for row in metrics["by_eps"] if row["eps"] == 4)
     assert all(row["several starts"] <= row["one start"] + 0.11 for row in metrics["by_steps"])
     assert (metrics["alpha"], metrics["network"]) == (pytest.approx(0.8), "fast_net")
 

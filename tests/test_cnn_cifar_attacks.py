@@ -109,10 +109,27 @@ def test_the_model_is_left_as_it_was(model, batch, name):
     assert not batch[0].requires_grad
 
 
-def test_the_mode_is_put_back_after_an_error(model):
+def test_every_layers_mode_is_put_back_even_after_an_error(model):
+    model.block1.bn.eval()  # as a frozen layer's
+    before = [module.training for module in model.modules()]
+    with attacks.evaluating(model):
+        assert not any(module.training for module in model.modules())
     with pytest.raises(IndexError), attacks.evaluating(model):
         raise IndexError
-    assert model.training
+    assert [module.training for module in model.modules()] == before
+    model.train()
+
+
+def test_the_loss_is_cross_entropy_and_keeps_its_gradient_where_the_answer_is_sure():
+    torch.manual_seed(0)
+    logits, y = (3 * torch.randn(6, 10, dtype=torch.float64)).requires_grad_(), torch.arange(6)
+    expected = F.cross_entropy(logits, y, reduction="none")
+    assert torch.allclose(attacks._losses(logits, y), expected, rtol=1e-12)
+    ours, theirs = (torch.autograd.grad(loss.sum(), logits)[0] for loss in (attacks._losses(logits, y), expected))
+    assert torch.allclose(ours, theirs, atol=1e-12)
+    sure = torch.tensor([[30.0, 0.0, 0.0]], requires_grad=True)
+    gradient = torch.autograd.grad(attacks._losses(sure, torch.tensor([0])).sum(), sure)[0][0]
+    assert gradient.tolist() == pytest.approx([-2 * math.exp(-30), math.exp(-30), math.exp(-30)], rel=1e-5)
 
 
 def test_attacks_work_where_gradients_are_switched_off(model, batch):
