@@ -122,7 +122,7 @@ def trained(recipe: Recipe, rung: str, seed: int, data: Data, run: Run) -> dict:
 
 def draw(table: list[dict], about: str):
     """The accuracy of each rung, from the barest on top, and what each ingredient adds."""
-    figure, axes = new_figure(1, 2, width=10.6, height=0.45 * len(table) + 1.6, sharey=True)
+    figure, axes = new_figure(1, 2, width=11.2, height=0.45 * len(table) + 1.6, sharey=True)
     at = np.arange(len(table))
     for row, y in zip(table, at, strict=True):
         axes[0, 0].plot(100 * row["accuracies"], [y] * len(row["accuracies"]), "|", color="black", markersize=12)
@@ -135,9 +135,9 @@ def draw(table: list[dict], about: str):
     names = [("+ " if "gain" in row else "") + row["what"] for row in table]
     axes[0, 0].set_yticks(at, names)
     axes[0, 0].invert_yaxis()
-    axes[0, 0].set(xlabel="validation accuracy (%): mean, and each seed", title="with all ingredients down to here")
+    axes[0, 0].set(xlabel="validation accuracy (%), mean and seeds", title="with all ingredients down to here")
     axes[0, 1].axvline(0, color="black", linewidth=1)
-    gain = "percentage points over the rung above (95 % interval)"
+    gain = "points over the rung above, 95 % interval"
     axes[0, 1].set(xlabel=gain, title="what it adds; grey: no difference shown")
     first, last = table[0]["accuracy"], table[-1]["accuracy"]
     largest = max(table[1:], key=lambda row: row["gain"])
