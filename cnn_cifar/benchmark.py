@@ -258,15 +258,14 @@ def draw(metrics: dict, title: str):
     figure, axes = new_figure(3, width=8.6, height=6.6, sharex=True, gridspec_kw={"height_ratios": lengths})
     for ax, (part, table), color in zip(axes[:, 0], parts.items(), COLORS, strict=False):
         values = [row["images_per_second"] for row in table]
-        ax.barh(range(len(table)), values, color=color)
+        ax.plot(values, range(len(table)), "o", color=color, markersize=9)
         for at, row in enumerate(table):
             ax.plot(row["all"], [at] * len(row["all"]), "k|", markersize=7)
             ax.text(1.06 * max(row["all"]), at, f"{values[at]:,.0f}", va="center", fontsize=9)
         ax.set_yticks(range(len(table)), [row["name"] for row in table])
         ax.set(xscale="log", title=part)
-        ax.invert_yaxis()
-        ax.grid(False, axis="y")
-    axes[-1, 0].set_xlabel("images per second (bar: median, ticks: each repeat; logarithmic)")
+        ax.set_ylim(len(table) - 0.4, -0.6)
+    axes[-1, 0].set_xlabel("images per second (dot: median, ticks: each repeat; logarithmic)")
     axes[-1, 0].set_xlim(right=3 * max(row["images_per_second"] for table in parts.values() for row in table))
     busy = f"\nthe GPU is busy for {metrics['gpu_busy']:.0%} of the time" if "gpu_busy" in metrics else ""
     figure.suptitle(
