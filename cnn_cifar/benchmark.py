@@ -261,7 +261,7 @@ def draw(metrics: dict, title: str):
         ax.plot(values, range(len(table)), "o", color=color, markersize=9)
         for at, row in enumerate(table):
             ax.plot(row["all"], [at] * len(row["all"]), "k|", markersize=7)
-            ax.text(1.06 * max(row["all"]), at, f"{values[at]:,.0f}", va="center", fontsize=9)
+            ax.text(1.25 * max(row["all"]), at, f"{values[at]:,.0f}", va="center", fontsize=9)
         ax.set_yticks(range(len(table)), [row["name"] for row in table])
         ax.set(xscale="log", title=part)
         ax.set_ylim(len(table) - 0.4, -0.6)
