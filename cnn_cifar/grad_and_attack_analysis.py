@@ -138,9 +138,8 @@ def main(argv=None) -> dict:
 
     for kind, chosen in {"correct": clean, "incorrect": ~clean}.items():
         at = torch.nonzero(chosen)[:SHOWN, 0]
-        if len(at):
-            figure = draw_gradients(model, Split(whole.x[at], whole.y[at]), state["classes"], kind, about)
-            save_figure(figure, run.path(f"grad_visuals_{kind}.png"))
+        figure = draw_gradients(model, Split(whole.x[at], whole.y[at]), state["classes"], kind, about)
+        save_figure(figure, run.path(f"grad_visuals_{kind}.png"))
     save_figure(draw_loss_curve(rise, right, args.eps, 255 * alpha, about), run.path("attack_loss_curve.png"))
     example = int(right[0].argmax())  # the first that is right before the attack
     figure = draw_progression(
@@ -171,6 +170,11 @@ def main(argv=None) -> dict:
 
 def draw_gradients(model: nn.Module, split: Split, classes: list[str], kind: str, about: str):
     """Each image, its input gradient with its sign, and how large it is at each pixel."""
+    answered = "right" if kind == "correct" else "wrong"
+    if not len(split):
+        figure, axes = new_figure(width=6.0, height=1.5, title=f"{about}: it gets none of the images {answered}")
+        axes[0, 0].axis("off")
+        return figure
     x = pixels(split.x)
     gradient = input_gradient(model, x, split.y).cpu().numpy()  # (n, 3, H, W)
     p = logits_of_floats(model, x).softmax(1).cpu().numpy()
@@ -194,7 +198,7 @@ def draw_gradients(model: nn.Module, split: Split, classes: list[str], kind: str
         ax.set_ylabel(name, fontsize=9)
     typical = np.median(size.reshape(n, -1).max(1))
     rest = f"where the loss rises; the largest slope is typically {typical:.2g} nats per pixel value of 1"
-    figure.suptitle(f"{about}, images it gets {'right' if kind == 'correct' else 'wrong'}:\n{rest}")
+    figure.suptitle(f"{about}, images it gets {answered}:\n{rest}")
     return figure
 
 

@@ -171,6 +171,12 @@ def test_any_eps_gets_its_own_row(checkpoint_path, tmp_path, monkeypatch):
     assert [row["eps"] for row in metrics["by_eps"]] == [0.5, 1, 2, 3, 4, 8, 16]
 
 
+def test_a_network_without_a_mistake_has_a_figure_that_says_so(model):
+    nothing = Split(torch.zeros(0, 3, 32, 32, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+    figure = script.draw_gradients(model, nothing, list("abc"), "incorrect", "T")
+    assert figure.get_suptitle() == "T: it gets none of the images wrong"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -228,8 +228,18 @@ def test_the_script_writes_what_it_says(network, tmp_path):
     assert np.isfinite(metrics["completeness_error"])
 
 
-@pytest.mark.parametrize(
-    "flags", [["--images", "0"], ["--images", "1"], ["--steps", "0"], ["--parts", "x"], ["--ckpt", "nowhere.pth"]]
-)
+@pytest.mark.parametrize("flags", [["--images", "0"], ["--steps", "0"], ["--parts", "x"], ["--ckpt", "nowhere.pth"]])
 def test_mistakes_are_one_line(fails, tmp_path, flags):
     assert flags[0].strip("-") in fails(saliency, ["--quick", *flags], tmp_path / "out").replace("checkpoint", "ckpt")
+
+
+def test_one_image_is_too_few(fails, tmp_path):
+    network = FastNet((2, 2, 2))
+    state = {
+        "config": {"network": "fast_net", **network.config},
+        "classes": list(shapes("test", n=10)[2]),
+        "title": "T",
+    }
+    checkpoint.save(tmp_path / "net.pth", model=network.state_dict(), **state)
+    flags = ["--quick", "--ckpt", tmp_path / "net.pth", "--images", 1]
+    assert "needs at least two images; --images is 1" in fails(saliency, flags, tmp_path / "out")
