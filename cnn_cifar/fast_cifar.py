@@ -10,8 +10,8 @@ image (fast_training.py has all of it). In bfloat16, with the channels last in m
 times as fast as without. `--without` leaves ingredients out; fast_cifar_ladder.py measures what each one brings.
 
 Nothing is chosen while it trains, so that it may train on all 50,000 images; the test images are read once, at the end.
-What we changed in the recipe we chose on 5,000 validation images (`--val-size 5000`, which then are what is reported as
-well); the numbers we took over from its author were found by one who could see the test set.
+Most numbers of the recipe are its author's, who could see the test set; what we changed (batches, epochs, learning
+rates) follows trials of narrower networks on 5,000 validation images (`--val-size 5000`: these are then reported).
 
 Writes best.pth, last.pth, fast_cifar.png, history.csv, metrics.json.
 With --resume a run that was stopped goes on from last.pth and ends with the same weights.
