@@ -7,9 +7,11 @@ from pathlib import Path
 from torch import nn
 
 from cnn_cifar.fast_net import FastNet
+from cnn_cifar.inputs import SHAPE
 from cnn_cifar.models import AllCNN
 from shared_utils import checkpoint
 from shared_utils.cli import UserError
+from shared_utils.data import Images, load_images
 from shared_utils.runs import find_output
 
 NETWORKS = {"allcnn_t": AllCNN, "fast_net": FastNet}
@@ -38,3 +40,11 @@ def load_network(path: str | Path, device="cpu") -> tuple[nn.Module, dict]:
     if not {"classes", "title"} <= state.keys():
         raise UserError(f"{path} does not say which classes its network knows")
     return network.to(device).eval(), state
+
+
+def load_test(args: argparse.Namespace, path: str | Path, state: dict) -> Images:
+    """The test images that the flags ask for. Errors: `UserError` when the network at `path` knows other classes."""
+    test = load_images(args.dataset, "test", args.data_dir, shape=SHAPE)
+    if list(test.classes) != state["classes"]:
+        raise UserError(f"{path} knows the classes {', '.join(state['classes'])}; --dataset {args.dataset} has others")
+    return test

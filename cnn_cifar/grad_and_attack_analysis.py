@@ -35,10 +35,9 @@ from cnn_cifar.attack_measures import (
     survivors,
 )
 from cnn_cifar.attacks import ascent, fgsm, input_gradient, iterative_fgsm, pgd
-from cnn_cifar.checkpoints import find_checkpoint, load_network
-from cnn_cifar.inputs import SHAPE, Split, pixels, share
-from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main
-from shared_utils.data import load_images
+from cnn_cifar.checkpoints import find_checkpoint, load_network, load_test
+from cnn_cifar.inputs import Split, pixels, share
+from shared_utils.cli import make_parser, positive_float, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -78,9 +77,7 @@ def main(argv=None) -> dict:
     path = args.ckpt or find_checkpoint(args)
     model, state = load_network(path, device)
     model = model.to(memory_format=torch.channels_last)
-    test = load_images(args.dataset, "test", args.data_dir, shape=SHAPE)
-    if list(test.classes) != state["classes"]:
-        raise UserError(f"{path} knows the classes {', '.join(state['classes'])}; --dataset {args.dataset} has others")
+    test = load_test(args, path, state)
     whole = Split(*(torch.from_numpy(part[: args.test_images]).to(device) for part in (test.x, test.y)))
     some = Split(whole.x[: args.images], whole.y[: args.images])
     run = start_run(args)

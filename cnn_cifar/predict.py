@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cnn_cifar.checkpoints import find_checkpoint, load_network
+from cnn_cifar.checkpoints import find_checkpoint, load_network, load_test
 from cnn_cifar.inputs import SHAPE, logits_of
-from shared_utils.cli import UserError, make_parser, run_main
-from shared_utils.data import image_files, load_images, read_image
+from shared_utils.cli import make_parser, run_main
+from shared_utils.data import image_files, read_image
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import replacing, start_run
@@ -65,9 +65,7 @@ def main(argv=None) -> dict:
         names = [str(file) for file in image_files(args.paths)]
         x = np.stack([small(read_image(name, channels=3)) for name in names])  # (N, 3, 32, 32)
     else:
-        test = load_images(args.dataset, "test", args.data_dir, shape=SHAPE)[:SHOWN]
-        if list(test.classes) != classes:
-            raise UserError(f"{path} knows the classes {', '.join(classes)}; --dataset {args.dataset} has others")
+        test = load_test(args, path, state)[:SHOWN]
         names, x, labels = [f"{args.dataset} test image {i}" for i in range(len(test))], test.x, test.y
         source = f"{test.title}'s test images"
     run = start_run(args)

@@ -38,11 +38,10 @@ from cnn_cifar.attributions import (
     randomized,
     rank_correlation,
 )
-from cnn_cifar.checkpoints import find_checkpoint, load_network
-from cnn_cifar.inputs import SHAPE, logits_of, pixels
+from cnn_cifar.checkpoints import find_checkpoint, load_network, load_test
+from cnn_cifar.inputs import logits_of, pixels
 from cnn_cifar.models import AllCNN
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
-from shared_utils.data import load_images
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -83,9 +82,7 @@ def main(argv=None) -> dict:
     device = pick_device(args.device)
     path = args.ckpt or find_checkpoint(args)
     model, state = load_network(path, device)
-    test = load_images(args.dataset, "test", args.data_dir, shape=SHAPE)
-    if list(test.classes) != state["classes"]:
-        raise UserError(f"{path} knows the classes {', '.join(state['classes'])}; --dataset {args.dataset} has others")
+    test = load_test(args, path, state)
     images, y = torch.from_numpy(test.x).to(device), torch.from_numpy(test.y).to(device)
     right = torch.nonzero(logits_of(model, images).argmax(1) == y)[:, 0]
     if min(len(right), args.images) < 2:
@@ -227,7 +224,7 @@ def draw_curves(curves: dict, areas: list[dict], parts: int, n: int, about: str)
         for index, row in enumerate(areas):
             own, others = curves[row["map"], kind]
             gain = f"{row[f'{kind}_gain']:+.3f} ± {row[f'{kind}_gain_half_width']:.3f}"
-            ax.plot(share, own, color=COLORS[index], label=f"{row['map']}: better by {gain}")
+            ax.plot(share, own, color=COLORS[index], label=f"{row['map']}: gain {gain}")
             ax.plot(share, others, color=COLORS[index], linestyle=":", label="… by another image's map")
         verb = "taken away" if kind == "deletion" else "put in"
         ax.set(xlabel=f"pixels {verb} (%), the map's largest first", ylabel="probability of the class", ylim=(0, 1.02))

@@ -179,7 +179,7 @@ def test_pixels_that_matter_are_told_from_those_of_another_image(tmp_path, monke
     images = Images(x, y.astype(np.int64), tuple("abcdefghij"), "dots")
     state = {"classes": list("abcdefghij"), "title": "dots", "config": {"network": "sees"}}
     monkeypatch.setattr(saliency, "load_network", lambda path, device: (network.eval(), state))
-    monkeypatch.setattr(saliency, "load_images", lambda *given, **named: images)
+    monkeypatch.setattr(saliency, "load_test", lambda *given: images)
     monkeypatch.setattr(saliency, "grad_cam", lambda model, x, k, layer: torch.rand(len(x), 32, 32))
     monkeypatch.setattr(saliency, "save_figure", lambda figure, path: None)
     flags = ["--quick", "--device", "cpu", "--ckpt", "-", "--out", str(tmp_path), "--images", "20", "--parts", "64"]
