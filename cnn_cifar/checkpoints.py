@@ -8,13 +8,13 @@ from torch import nn
 
 from cnn_cifar.fast_net import FastNet
 from cnn_cifar.inputs import SHAPE
-from cnn_cifar.models import AllCNN
+from cnn_cifar.models import AllCNN, pixel_resnet
 from shared_utils import checkpoint
 from shared_utils.cli import UserError
 from shared_utils.data import Images, load_images
 from shared_utils.runs import find_output
 
-NETWORKS = {"allcnn_t": AllCNN, "fast_net": FastNet}
+NETWORKS = {"allcnn_t": AllCNN, "fast_net": FastNet, "resnet": pixel_resnet}
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path:

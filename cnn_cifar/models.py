@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cnn_cifar.resnet import BasicBlock, ResNet
 from shared_utils.cli import UserError
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training images, in units of [0, 1]
@@ -88,6 +89,17 @@ class AllCNN(nn.Module):
 def allcnn_t(c1: int = 96, c2: int = 192, num_classes: int = 10) -> AllCNN:
     """All-CNN with c1 channels before and c2 after the first convolution of stride 2; 1,372,254 parameters."""
     return AllCNN(c1, c2, num_classes)
+
+
+def pixel_resnet(
+    num_classes: int = 10, blocks: int = 2, width: int = 64, residual: bool = True, cifar_stem: bool = True
+) -> nn.Sequential:
+    """A ResNet of 8 · blocks + 2 layers that takes pixels: (B, 3, H, W) of [0, 1] → logits (B, K).
+
+    blocks: basic blocks in each of the four stages, 2 for ResNet-18. width: channels of the first stage.
+    """
+    resnet = ResNet(BasicBlock, (blocks,) * 4, num_classes, cifar_stem, residual, width)
+    return nn.Sequential(OrderedDict(normalize=Normalize(), resnet=resnet))
 
 
 def get_param_groups(model: nn.Module, weight_decay: float = 1e-3) -> list[dict]:

@@ -84,7 +84,8 @@ def shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> Tensor:
 class ResNet(nn.Module):
     """Stem, four stages of blocks, average over the positions, linear layer: (B, 3, H, W) → logits (B, K).
 
-    It takes normalised images: its state dict is torchvision's, so mean and deviation have no place in it.
+    It takes normalised images: its state dict is torchvision's, so mean and deviation have no place in it. The stages
+    have width, 2, 4 and 8 times the width channels (times the expansion); 64 is the paper's. In the comments w = width.
     """
 
     def __init__(
@@ -94,34 +95,35 @@ class ResNet(nn.Module):
         num_classes: int,
         cifar_stem: bool,
         residual: bool,
+        width: int = 64,
     ):
         super().__init__()
         if cifar_stem:  # 32×32 leaves no pixels to give away
-            self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
             self.maxpool = nn.Identity()
         else:
-            self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
             self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = nn.BatchNorm2d(width)
         e = block.expansion
-        self.layer1 = stage(block, 64, 64, depths[0], 1, residual)
-        self.layer2 = stage(block, 64 * e, 128, depths[1], 2, residual)
-        self.layer3 = stage(block, 128 * e, 256, depths[2], 2, residual)
-        self.layer4 = stage(block, 256 * e, 512, depths[3], 2, residual)
-        self.fc = nn.Linear(512 * e, num_classes)
+        self.layer1 = stage(block, width, width, depths[0], 1, residual)
+        self.layer2 = stage(block, width * e, 2 * width, depths[1], 2, residual)
+        self.layer3 = stage(block, 2 * width * e, 4 * width, depths[2], 2, residual)
+        self.layer4 = stage(block, 4 * width * e, 8 * width, depths[3], 2, residual)
+        self.fc = nn.Linear(8 * width * e, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of x (B, 3, H, W)."""
-        x = F.relu(self.bn1(self.conv1(x)))  # (B, 64, 112, 112), CIFAR stem (B, 64, 32, 32)
-        x = self.maxpool(x)  # (B, 64, 56, 56), CIFAR stem as before
-        x = self.layer1(x)  # (B, 64 e, 56, 56), CIFAR stem (B, 64 e, 32, 32)
-        x = self.layer2(x)  # (B, 128 e, 28, 28), CIFAR stem (B, 128 e, 16, 16)
-        x = self.layer3(x)  # (B, 256 e, 14, 14), CIFAR stem (B, 256 e, 8, 8)
-        x = self.layer4(x)  # (B, 512 e, 7, 7), CIFAR stem (B, 512 e, 4, 4)
-        x = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (B, 512 e)
+        x = F.relu(self.bn1(self.conv1(x)))  # (B, w, 112, 112), CIFAR stem (B, w, 32, 32)
+        x = self.maxpool(x)  # (B, w, 56, 56), CIFAR stem as before
+        x = self.layer1(x)  # (B, w e, 56, 56), CIFAR stem (B, w e, 32, 32)
+        x = self.layer2(x)  # (B, 2 w e, 28, 28), CIFAR stem (B, 2 w e, 16, 16)
+        x = self.layer3(x)  # (B, 4 w e, 14, 14), CIFAR stem (B, 4 w e, 8, 8)
+        x = self.layer4(x)  # (B, 8 w e, 7, 7), CIFAR stem (B, 8 w e, 4, 4)
+        x = F.adaptive_avg_pool2d(x, 1).flatten(1)  # (B, 8 w e)
         return self.fc(x)  # (B, K)
 
 

@@ -1,0 +1,299 @@
+"""Can a network be trained so that no small change misleads it, and what does that cost?
+
+    python cnn_cifar/adversarial_training.py
+    python cnn_cifar/adversarial_training.py --model resnet18 --epochs 30 --device cuda
+    python cnn_cifar/adversarial_training.py --model allcnn --epochs 30 --steps 7 --device cuda
+
+Two networks of one kind begin with the same weights and see the same images in the same order. One learns from the
+images, the other from images moved so that its own loss rises (Madry et al. 2018):
+
+    standard     min_θ E L(f_θ(x), y)              adversarial     min_θ E max_{‖δ‖∞ ≤ ε} L(f_θ(x + δ), y)
+
+`--steps 1` moves them by one step from a noisy place, δ = η + ε sign ∇ₓ L(f(x + η), y) with η uniform in ±2ε, not cut
+to the ball: cutting lets a network learn to bend its loss at that one step alone, and fall to any other ("catastrophic
+overfitting"; de Jorge et al. 2022). More steps are PGD's, in the ball. After each epoch PGD-10 attacks validation
+images, which would show such a fall and choose the epoch. At the end both networks meet test images under FGSM, PGD-20,
+and 10 random starts of PGD-50 for those that still stand; noise of the same size is the control.
+
+Writes standard_best.pth, standard_last.pth, adversarial_best.pth, adversarial_last.pth, robustness.png,
+input_gradients.png, history.csv, metrics.json.
+With --resume a run that was stopped goes on from the last epoch and ends with the same weights.
+Sources: Goodfellow et al. 2015; Madry et al. 2018; Wong, Rice and Kolter 2020; de Jorge et al. 2022, arXiv 2202.01181;
+Tsipras et al. 2019 (the gradients of robust networks).
+Shapes: N images, B batch, K classes.
+"""
+
+import argparse
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from cnn_cifar.attack_measures import noise, survivors
+from cnn_cifar.attacks import fgsm, input_gradient, pgd
+from cnn_cifar.augment import random_crop, random_flip
+from cnn_cifar.checkpoints import NETWORKS, load_network
+from cnn_cifar.inputs import Data, Split, add_data_flags, load, loss_and_accuracy, pixels, share
+from cnn_cifar.models import get_param_groups
+from shared_utils import checkpoint
+from shared_utils.cli import UserError, make_parser, non_negative_float, positive_float, positive_int, run_main
+from shared_utils.data import minibatches
+from shared_utils.device import autocast, pick_device
+from shared_utils.plotting import COLORS, image_grid, line_style, new_figure, save_figure
+from shared_utils.runs import Run, check_finite, start_run
+from shared_utils.schedules import one_cycle
+from shared_utils.seeding import seed_everything
+from shared_utils.stats import wilson_interval
+
+KINDS = ("standard", "adversarial")
+EPSILONS = (0, 1, 2, 4, 8, 12, 16)  # of 255
+SHOWN = 8  # images in the picture of gradients
+
+
+def build_parser():
+    """The command line."""
+    quick = {"epochs": 1, "width": 8, "val_size": 3000, "watched": 40, "images": 20, "restarts": 1}
+    parser = make_parser(__doc__, dataset="cifar10", quick=quick)
+    add_data_flags(parser, batch_size=128, val_size=5000)
+    parser.add_argument("--model", choices=("fast_net", "allcnn", "resnet18"), default="fast_net", help="of both")
+    parser.add_argument(
+        "--width", type=positive_int, help="channels of its first block (default: allcnn 96, others 64)"
+    )
+    parser.add_argument("--epochs", type=positive_int, default=12, help="passes over the training images, of each")
+    parser.add_argument("--lr", type=positive_float, default=0.2, help="the highest learning rate of one cycle")
+    parser.add_argument("--weight-decay", type=non_negative_float, default=5e-4, help="of weights, not of biases")
+    parser.add_argument("--eps", type=positive_float, default=8.0, help="how far a pixel may move, of 255")
+    parser.add_argument("--steps", type=positive_int, default=1, help="of the attack trained against; above 1: PGD")
+    watched = "validation images that PGD-10 attacks after each epoch"
+    parser.add_argument("--watched", type=positive_int, default=500, help=watched)
+    parser.add_argument("--images", type=positive_int, default=1000, help="test images that PGD gets")
+    parser.add_argument("--restarts", type=positive_int, default=10, help="random starts of PGD-50 at the end")
+    on = {"action": argparse.BooleanOptionalAction, "default": True}
+    parser.add_argument("--amp", **on, help="train in bfloat16, with float32 parameters")
+    parser.add_argument("--resume", action="store_true", help="go on from the last epoch")
+    return parser
+
+
+def network_config(model: str, width: int | None, num_classes: int) -> dict:
+    """What a checkpoint says of the network that the flags ask for."""
+    w = width or (96 if model == "allcnn" else 64)
+    sizes = {
+        "fast_net": {"network": "fast_net", "widths": [w, 2 * w, 4 * w]},
+        "allcnn": {"network": "allcnn_t", "c1": w, "c2": 2 * w},
+        "resnet18": {"network": "resnet", "blocks": 2, "width": w},
+    }
+    return {**sizes[model], "num_classes": num_classes}
+
+
+def moved(network: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, generator: Generator) -> Tensor:
+    """The images x (B, 3, H, W) of [0, 1] that the adversarial network learns from, in place of x."""
+    if steps > 1:
+        return pgd(network, x, y, eps, 2.5 * eps / steps, steps, generator=generator)
+    noisy = x + 2 * eps * (2 * torch.rand(x.shape, generator=generator, device=x.device) - 1)
+    return noisy + eps * input_gradient(network, noisy, y).sign()
+
+
+def main(argv=None) -> dict:
+    """Train both, attack both; returns the metrics."""
+    args = build_parser().parse_args(argv)
+    if not args.val_size:
+        raise UserError("--val-size 0: the validation images choose the epoch, so there must be some")
+    device = pick_device(args.device)
+    data = load(args, device)
+    run = start_run(args)
+    config = network_config(args.model, args.width, len(data.classes))
+    states = {kind: last_state(run, kind, config) if args.resume else None for kind in KINDS}
+    if args.resume:
+        run.rewind(sum(state["epochs"] for state in states.values() if state))
+    seconds = {kind: train(kind, states[kind], config, data, args, run) for kind in KINDS}
+
+    some = Split(data.test.x[: args.images], data.test.y[: args.images])
+    networks = {kind: load_network(run.path(f"{kind}_best.pth"), device)[0] for kind in KINDS}
+    rows = []
+    for kind, network in networks.items():
+        network.to(memory_format=torch.channels_last)
+        rows.append({"network": kind, **measure(network, data.test, some, args), "seconds": seconds[kind]})
+        print(
+            "  ".join(f"{key} {value:.4g}" for key, value in rows[-1].items() if isinstance(value, float)), flush=True
+        )
+    standard, adversarial = rows
+    size = sum(p.numel() for p in networks["standard"].parameters())
+    about = f"{data.title}, {args.model} with {size:,} parameters, {args.epochs} epochs"
+    save_figure(draw_robustness(rows, run.history(), len(some), args.eps, about), run.path("robustness.png"))
+    save_figure(draw_gradients(networks, data.test, data.title), run.path("input_gradients.png"))
+    return run.finish(
+        {
+            "model": args.model,
+            "parameters": size,
+            "epochs": args.epochs,
+            "eps": args.eps,
+            "steps": args.steps,
+            "test_images": len(data.test),
+            "images": len(some),
+            "restarts": args.restarts,
+            "device": device.type,
+            "networks": rows,
+            "clean": adversarial["clean"],
+            "robust": adversarial["PGD-20"],
+            "robust_interval": list(wilson_interval(round(adversarial["PGD-20"] * len(some)), len(some))),
+            "strongest": adversarial["strongest"],
+            "standard_clean": standard["clean"],
+            "standard_robust": standard["PGD-20"],
+            "training_seconds": sum(seconds.values()),
+            "minutes": sum(seconds.values()) / 60,
+        }
+    )
+
+
+def last_state(run: Run, kind: str, config: dict) -> dict | None:
+    """What a stopped run left of one network, None for nothing."""
+    path = run.path(f"{kind}_last.pth")
+    return checkpoint.load(path, expect=config) if path.exists() else None
+
+
+def train(kind: str, state: dict | None, config: dict, data: Data, args: argparse.Namespace, run: Run) -> float:
+    """Fit one network, from `state` on; its best and last weights go to the run's folder. Returns the seconds."""
+    seed_everything(args.seed)  # both begin with the same weights
+    x, y = data.train.x, data.train.y
+    device, eps = x.device, args.eps / 255
+    network = NETWORKS[config["network"]](**{key: value for key, value in config.items() if key != "network"})
+    network.to(device, memory_format=torch.channels_last)
+    groups = get_param_groups(network, args.weight_decay)
+    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)
+    watched = Split(data.val.x[: args.watched], data.val.y[: args.watched])
+    per_epoch = len(data.train) // args.batch_size
+    first, best, seconds = 0, {"score": -1.0}, 0.0
+    if state:
+        network.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, best, seconds = state["epochs"], state["best"], state["seconds"]
+
+    about = {"config": config, "classes": list(data.classes), "title": data.title}
+    for epoch in range(first, args.epochs):
+        started = time.perf_counter()
+        # All that is random in an epoch follows from seed and epoch: a resumed run needs no random states.
+        order = minibatches(len(y), args.batch_size, np.random.default_rng([args.seed, epoch]), drop_last=True)
+        batches = torch.from_numpy(np.stack(list(order))).to(device)  # (updates, B)
+        epoch_seed = int(np.random.SeedSequence([args.seed, epoch]).generate_state(1)[0])
+        torch.manual_seed(epoch_seed)  # dropout's, in All-CNN
+        generator = Generator(device).manual_seed(epoch_seed)
+        starts = Generator(device).manual_seed(epoch_seed + 1)  # the attack's: the images stay those of its twin
+        network.train()
+        total_loss, right = torch.zeros((), device=device), torch.zeros((), device=device)  # read once an epoch
+        for step, batch in enumerate(batches, start=epoch * per_epoch):
+            lr = one_cycle(step, args.epochs * per_epoch, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            images, labels = pixels(random_crop(random_flip(x[batch], generator), generator)), y[batch]
+            with autocast(device, args.amp):
+                if kind == "adversarial":
+                    images = moved(network, images, labels, eps, args.steps, starts)
+                logits = network(images)  # (B, K)
+            loss = F.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total_loss += loss.detach()
+            right += (logits.detach().argmax(1) == labels).sum()
+        train_loss = total_loss.item() / per_epoch
+        check_finite(train_loss, (epoch + 1) * per_epoch, lr)
+        train_accuracy = right.item() / (per_epoch * args.batch_size)
+        seconds += time.perf_counter() - started
+        _, val_accuracy = loss_and_accuracy(network, data.val, args.amp)
+        network.eval()
+        val_pgd = share(survivors(network, watched, lambda x, y: pgd(network, x, y, eps, eps / 4, 10)))
+        row = {"network": kind, "epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy}
+        run.log(**row, val_accuracy=val_accuracy, val_pgd10=val_pgd, seconds=round(seconds, 1))
+        score = val_pgd if kind == "adversarial" else val_accuracy
+        if score >= best["score"]:
+            best = {"score": score, "epoch": epoch + 1}
+            checkpoint.save(run.path(f"{kind}_best.pth"), model=network.state_dict(), **about, **best)
+        progress = {"optimizer": optimizer.state_dict(), "epochs": epoch + 1, "best": best, "seconds": seconds}
+        checkpoint.save(run.path(f"{kind}_last.pth"), model=network.state_dict(), **about, **progress)
+    return seconds
+
+
+def measure(network: nn.Module, test: Split, some: Split, args: argparse.Namespace) -> dict:
+    """The network's accuracies: on all test images as they are and under FGSM, on some of them under the rest.
+
+    strongest: those of `some` that neither PGD-20 nor any start of PGD-50 moves at `--eps`.
+    """
+    generator, eps = Generator().manual_seed(args.seed), args.eps / 255
+    found = {
+        "clean": share(survivors(network, test)),
+        "FGSM": share(survivors(network, test, lambda x, y: fgsm(network, x, y, eps))),
+        "noise": share(survivors(network, some, lambda x, y: noise(x, eps, generator))),
+    }
+    by_eps, standing = [], None
+    for size in sorted({*EPSILONS, args.eps}):
+
+        def twenty_steps(x: Tensor, y: Tensor, size=size / 255) -> Tensor:
+            return pgd(network, x, y, size, 2.5 * size / 20, 20, generator=generator)
+
+        right = survivors(network, some, twenty_steps if size else None)
+        by_eps.append({"eps": float(size), "accuracy": share(right)})
+        if size == args.eps:
+            found["PGD-20"], standing = share(right), right
+    left = Split(some.x[standing], some.y[standing])  # an image that has fallen need not be attacked again
+    found["strongest"] = 0.0
+    if len(left):
+        right = survivors(
+            network, left, lambda x, y: pgd(network, x, y, eps, 2.5 * eps / 50, 50, args.restarts, generator)
+        )
+        found["strongest"] = right.sum().item() / len(some)
+    return {**found, "by_eps": by_eps}
+
+
+def draw_robustness(rows: list[dict], history: list[dict[str, str]], n: int, eps: float, about: str):
+    """Accuracy against the size of the change, and what the adversarial network learned, epoch by epoch."""
+    figure, axes = new_figure(1, 2, width=10.8, height=4.4)
+    ax = axes[0, 0]
+    for index, row in enumerate(rows):
+        sizes, values = zip(*((point["eps"], point["accuracy"]) for point in row["by_eps"]), strict=True)
+        bounds = np.array([wilson_interval(round(value * n), n) for value in values])  # (sizes, 2)
+        label = f"{row['network']} training: {row['PGD-20']:.1%} at ε = {eps:g}"
+        ax.plot(sizes, 100 * np.array(values), marker="o", label=label, **line_style(index))
+        ax.fill_between(sizes, *(100 * bounds.T), color=COLORS[index], alpha=0.2, linewidth=0)
+    ax.set(xlabel="ε (grey levels of 255)", ylabel="accuracy under PGD-20 (%), 95 % band", ylim=(-2, 100))
+    ax.set_title(f"the first {n:,} test images")
+    ax.legend()
+    ax = axes[0, 1]
+    drawn = [(kind, column) for kind in KINDS for column in ("val_accuracy", "val_pgd10")]
+    for index, (kind, column) in enumerate(drawn):
+        points = [(int(row["epoch"]), 100 * float(row[column])) for row in history if row["network"] == kind]
+        what = "as they are" if column == "val_accuracy" else "under PGD-10"
+        style = {**line_style(index // 2), "linestyle": "-" if column == "val_accuracy" else ":"}
+        ax.plot(*zip(*points, strict=True), marker=".", label=f"{kind}, {what}", **style)
+    ax.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(-2, 100), title="validation images while they train")
+    ax.legend()
+    standard, adversarial = rows
+    figure.suptitle(
+        f"{about}: under PGD-20 at ε = {eps:g} {standard['PGD-20']:.1%} → {adversarial['PGD-20']:.1%} of the images\n"
+        f"are still recognised; as they are, {standard['clean']:.1%} → {adversarial['clean']:.1%}"
+    )
+    return figure
+
+
+def draw_gradients(networks: dict[str, nn.Module], test: Split, title: str):
+    """Images, and for each network the gradient of the loss by their pixels, scaled to its largest value."""
+    x, y = pixels(test.x[:SHOWN]), test.y[:SHOWN]
+    rows = {"image": test.x[:SHOWN].cpu().numpy()}
+    for kind, network in networks.items():
+        gradient = input_gradient(network, x, y)  # (n, 3, H, W)
+        largest = gradient.flatten(1).abs().amax(1).clamp(min=1e-30)[:, None, None, None]
+        rows[f"gradient,\n{kind}"] = (0.5 + gradient / largest / 2).mul(255).byte().cpu().numpy()
+    figure, axes = new_figure(len(rows), width=8.6, height=4.0)
+    for ax, (name, images) in zip(axes[:, 0], rows.items(), strict=True):
+        image_grid(ax, images, len(images))
+        ax.text(-0.02, 0.5, name, transform=ax.transAxes, ha="right", va="center", fontsize=9)
+    figure.suptitle(
+        f"{title}: the gradient of the loss by the pixels, without and with adversarial training\n"
+        "(grey: 0; each image's largest value is black or white)"
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(main, build_parser)
