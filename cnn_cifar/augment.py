@@ -5,15 +5,21 @@
 
 Each comes as a pure function of images and per-image parameters and as a `random_…` one that draws the parameters.
 `flip`, `crop` and `cutout` (an erased square) equal torchvision's image by image, `color_jitter` up to its order and
-rounding. They are drawn on the generator's
-device: from one on the CPU the same everywhere, from one on the images' device without a copy.
+rounding, `rotate` but for what comes in at the corners. `random_rand_augment` shares torchvision's operations out among
+the images. They are drawn on the generator's device: from one on the CPU the same everywhere, from one on the images'
+device without a copy.
 
-Sources: Krizhevsky et al. 2012 (flip, crop); DeVries and Taylor 2017 (Cutout); Jordan 2024, arXiv 2404.00498
-(alternating flip). Shapes: N images, H W pixels.
+Sources: Krizhevsky et al. 2012 (flip, crop); DeVries and Taylor 2017 (Cutout); Cubuk et al. 2020 (RandAugment);
+Zhang et al. 2018 (Mixup); Jordan 2024, arXiv 2404.00498 (alternating flip). Shapes: N images, H W pixels.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
+from torchvision.transforms.v2 import functional as tv
 
 from cnn_cifar.models import CIFAR10_MEAN
 from shared_utils.cli import UserError
@@ -190,6 +196,88 @@ def random_cutout(x: Tensor, generator: Generator, size: int = 8) -> Tensor:
     uniform = torch.rand(2, len(x), generator=generator, device=generator.device).to(x.device)
     row, column = ((u * side).long() for u, side in zip(uniform, x.shape[2:], strict=True))  # (N,) each
     return cutout(x, row - size // 2, column - size // 2, size)
+
+
+# --- rotation -----------------------------------------------------------------------------------------------------
+
+
+def rotate(x: Tensor, degrees: Tensor) -> Tensor:
+    """Turn each image about its middle, counterclockwise by degrees (N,); bilinear, the mirror image at the corners."""
+    angle = degrees.float() * (math.pi / 180)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    h, w = x.shape[2:]
+    # where a pixel of the turned image comes from, in units of half a side
+    source = torch.stack([cos, -sin * (h / w), zero, sin * (w / h), cos, zero], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(source, list(x.shape), align_corners=False)  # (N, H, W, 2)
+    turned = F.grid_sample(x.float(), grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    return turned.round().clamp(0, 255).to(torch.uint8)
+
+
+def random_rotation(x: Tensor, generator: Generator, degrees: float = 15.0) -> Tensor:
+    """`rotate` by an angle uniform in ±degrees. Errors: `UserError` when degrees is not from 0 to 180."""
+    _check_images(x)
+    if not 0 <= degrees <= 180:
+        raise UserError(f"rotation: an angle from 0 to 180 degrees, got {degrees:g}")
+    uniform = torch.rand(len(x), generator=generator, device=generator.device).to(x.device)
+    return rotate(x, degrees * (2 * uniform - 1))
+
+
+# --- RandAugment --------------------------------------------------------------------------------------------------
+
+
+def rand_augment_operations(magnitude: float, side: int) -> list[Callable[[Tensor], Tensor]]:
+    """The paper's 14 operations at a strength from 0 to 1; where there are two directions, both, half as likely each.
+
+    So that all 14 are equally likely, the others stand in the list twice. Strengths are torchvision's `RandAugment`'s:
+    at 1 a shear by 0.3, a shift by 150 of 331 of the side, a turn by 30°, a blend by ±0.9, 4 bits of 8, all inverted.
+    """
+    shear, shift, turn = math.degrees(math.atan(0.3 * magnitude)), int(150 / 331 * side * magnitude), 30 * magnitude
+    blend, bits, threshold = 0.9 * magnitude, 8 - round(4 * magnitude), 255 * (1 - magnitude)
+    still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
+    operations = []
+    for sign in (-1, 1):
+        moves = {"translate": [sign * shift, 0]}, {"translate": [0, sign * shift]}, {"angle": sign * turn}
+        shears = {"shear": [sign * shear, 0.0], "center": [0, 0]}, {"shear": [0.0, sign * shear], "center": [0, 0]}
+        for change in (*moves, *shears):
+            operations.append(lambda x, change=change: tv.affine(x, **{**still, **change}))
+        for blended in (tv.adjust_brightness, tv.adjust_saturation, tv.adjust_contrast, tv.adjust_sharpness):
+            operations.append(lambda x, blended=blended, factor=1 + sign * blend: blended(x, factor))
+        operations.append(lambda x: tv.posterize(x, bits))
+        operations.append(lambda x: tv.solarize(x, threshold))
+        operations += [tv.autocontrast, tv.equalize, lambda x: x]
+    return operations
+
+
+def random_rand_augment(x: Tensor, generator: Generator, count: int = 2, magnitude: float = 0.3) -> Tensor:
+    """RandAugment: `count` operations one after the other on each image, drawn for each image by itself.
+
+    Errors: `UserError` when count is below 1 or the strength not from 0 to 1.
+    """
+    _check_images(x)
+    if count < 1 or not 0 <= magnitude <= 1:
+        raise UserError(f"RandAugment: operations from 1, strength from 0 to 1, got {count} and {magnitude:g}")
+    operations = rand_augment_operations(magnitude, min(x.shape[2:]))
+    shape = (count, len(x))
+    for chosen in torch.randint(len(operations), shape, generator=generator, device=generator.device).to(x.device):
+        result = x.clone()
+        for number, operation in enumerate(operations):
+            group = torch.nonzero(chosen == number)[:, 0]  # the images that this operation gets
+            if len(group):
+                result[group] = operation(x[group])
+        x = result
+    return x
+
+
+# --- Mixup --------------------------------------------------------------------------------------------------------
+
+
+def mixup(x: Tensor, partner: Tensor, share: Tensor) -> Tensor:
+    """λ x + (1 − λ) x[partner] for float images x (N, 3, H, W), partner int64 (N,), λ = share (N,) of [0, 1].
+
+    The loss is mixed alike: λ L(f(x'), y) + (1 − λ) L(f(x'), y[partner]).
+    """
+    share = _per_image(share)
+    return share * x + (1 - share) * x[partner]
 
 
 def _check_images(x: Tensor) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared_utils.cli import UserError, non_negative_int, positive_int
-from shared_utils.data import load_images, train_val_split
+from shared_utils.data import load_images, subset, train_val_split
 from shared_utils.device import autocast
 
 SHAPE = (3, 32, 32)
@@ -49,10 +50,21 @@ def add_data_flags(parser: argparse.ArgumentParser, batch_size: int, val_size: i
     parser.add_argument("--val-size", type=non_negative_int, default=val_size, help=held_out)
 
 
-def load(args: argparse.Namespace, device: torch.device) -> Data:
-    """The splits that the flags ask for, on `device`. Errors: `UserError` as `load_images`, `train_val_split`."""
-    train, test = (load_images(args.dataset, split, args.data_dir, shape=SHAPE) for split in ("train", "test"))
+def load(
+    args: argparse.Namespace,
+    device: torch.device,
+    train_size: int | None = None,
+    shape: tuple[int, int, int] | None = SHAPE,
+) -> Data:
+    """The splits that the flags ask for, on `device`.
+
+    train_size: so many of the images to train on, stratified. shape: None takes images of any size.
+    Errors: `UserError` as `load_images`, `train_val_split`, `subset`.
+    """
+    train, test = (load_images(args.dataset, split, args.data_dir, shape=shape) for split in ("train", "test"))
     train, val = train_val_split(train, args.val_size) if args.val_size else (train, None)
+    if train_size:
+        train = subset(train, train_size, np.random.default_rng(0))
     if args.batch_size > len(train):
         raise UserError(f"--batch-size {args.batch_size}: there are {len(train)} images to train on")
     splits = (
@@ -65,6 +77,13 @@ def load(args: argparse.Namespace, device: torch.device) -> Data:
 def pixels(x: Tensor) -> Tensor:
     """uint8 images as floats of [0, 1] in the channels-last layout: (B, 3, H, W) → (B, 3, H, W)."""
     return (x / 255).contiguous(memory_format=torch.channels_last)
+
+
+def enlarged(x: Tensor, side: int) -> Tensor:
+    """Float images (B, 3, H, W) at side×side pixels, bilinear; as they are where they have that size."""
+    if x.shape[-2:] == (side, side):
+        return x
+    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)  # (B, 3, side, side)
 
 
 @contextmanager

@@ -234,10 +234,8 @@ def _load_torchvision(name: str, split: str, root: Path) -> Images:
 
 
 def _download(name: str, dataset: type, root: Path, folder: str) -> None:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(30)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with network_timeout(), contextlib.redirect_stdout(io.StringIO()):
             dataset(root, download=True)
     except Exception as error:  # a broken download raises anything from URLError to tarfile.ReadError
         stand_in = "shapes" if name == "cifar10" else "digits"
@@ -245,6 +243,15 @@ def _download(name: str, dataset: type, root: Path, folder: str) -> None:
             f"{name} is not in {root / folder} and torchvision could not download it ({error}); "
             f"put its files there, or use --dataset {stand_in}, which needs none"
         ) from None
+
+
+@contextlib.contextmanager
+def network_timeout(seconds: float = 30) -> Iterator[None]:
+    """Downloads inside give up when nothing comes for so long; urllib alone would wait for ever."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
     finally:
         socket.setdefaulttimeout(before)
 

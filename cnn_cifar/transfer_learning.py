@@ -1,0 +1,372 @@
+"""How many labels does a network save that has seen other images before?
+
+    python cnn_cifar/transfer_learning.py --epochs 5 --batch-size 64 --resize 224 --device cuda
+    python cnn_cifar/transfer_learning.py --weights resnet18-f37072fd.pth --resize 224 --device cuda
+    python cnn_cifar/transfer_learning.py --source fashion --dataset mnist --resize 32
+
+A ResNet-18 learns the classes of `--dataset` from few labelled images, in three ways:
+
+    scratch       all weights from a random start
+    frozen        a pretrained network whose weights and BatchNorm statistics stay; only a new linear layer learns
+    fine-tuned    the pretrained network and a new linear layer, all of it learns
+
+The pretrained weights are torchvision's of ImageNet (downloaded when they are not in `--data-dir`), those of
+`--weights FILE` (a state dict with torchvision's names), or, with `--source`, made here on another data set; they are
+left as source.pth, which `--weights` reads. All three ways get the same labelled images and the same number of updates,
+without augmentation, each at the best of `--lrs` on validation images for the first seed; test images are read once for
+each training. A frozen network is asked once for each image: its features are then all that the linear layer sees.
+
+Grey images become three equal channels; all are enlarged to `--resize` and normalised with ImageNet's statistics. At 32
+pixels the stem and the stages leave a single position, which is enough for digits.
+
+Writes transfer.png, source.png, source.pth, history.csv, metrics.json.
+With --resume a study that was stopped goes on with the trainings that are missing.
+Sources: Yosinski et al. 2014 (how transferable features are); He, Zhang, Ren and Sun 2016 for the network.
+Shapes: N images, B batch, K classes, F features.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cnn_cifar.inputs import Data, Split, add_data_flags, enlarged, evaluating, load, pixels, share
+from cnn_cifar.models import Normalize, get_param_groups
+from cnn_cifar.resnet import BasicBlock, ResNet
+from shared_utils import checkpoint
+from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main, seed_number
+from shared_utils.data import minibatches, network_timeout, stratified_order
+from shared_utils.device import autocast, pick_device
+from shared_utils.plotting import COLORS, image_grid, line_style, new_figure, save_figure
+from shared_utils.runs import Run, check_finite, start_run
+from shared_utils.schedules import one_cycle
+from shared_utils.seeding import seed_everything
+from shared_utils.stats import half_width
+
+WAYS = ("scratch", "frozen", "fine-tuned")
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of [0, 1]; torchvision's weights want them
+SMALLEST = 32  # pixels: five halvings leave one
+
+
+def build_parser():
+    """The command line."""
+    quick = {"source": "digits", "source_size": 200, "source_epochs": 1, "resize": 32, "width": 4, "labels": [20, 40]}
+    quick |= {"epochs": 1, "least_updates": 4, "batch_size": 16, "val_size": 300, "seeds": [0, 1], "lrs": [0.05]}
+    parser = make_parser(__doc__, dataset="cifar10", quick=quick)
+    add_data_flags(parser, batch_size=64, val_size=5000)
+    parser.add_argument("--weights", metavar="FILE", help="a pretrained ResNet-18's state dict, torchvision's names")
+    parser.add_argument("--source", metavar="NAME", help="pretrain here, on this data set (names as of --dataset)")
+    parser.add_argument("--source-epochs", type=positive_int, default=2, help="passes over the source's images")
+    parser.add_argument("--source-size", type=positive_int, help="images of the source to pretrain on (default: all)")
+    counts = "labelled images to learn from, of all classes together"
+    parser.add_argument("--labels", type=positive_int, nargs="+", default=[100, 500, 2500, 10000], help=counts)
+    parser.add_argument("--epochs", type=positive_int, default=5, help="passes over the labelled images")
+    least = "updates when so few images would give fewer: they are then passed over more often"
+    parser.add_argument("--least-updates", type=positive_int, default=250, help=least)
+    parser.add_argument("--resize", type=positive_int, default=224, help="pixels of a side that the network sees")
+    parser.add_argument("--width", type=positive_int, default=64, help="channels of the first stage (ResNet-18's: 64)")
+    rates = {"type": positive_float, "nargs": "+", "default": [0.01, 0.1]}
+    parser.add_argument("--lrs", **rates, help="highest learning rates of one cycle; each way gets the better one")
+    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="other images, other starts")
+    parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
+    return parser
+
+
+def main(argv=None) -> dict:
+    """Pretrain or read weights, train every way from every seed; returns the metrics."""
+    args = build_parser().parse_args(argv)
+    if args.weights and args.source:
+        raise UserError("--weights and --source: give one of them, both say where the pretrained network comes from")
+    if args.resize < SMALLEST:
+        raise UserError(f"--resize {args.resize}: the network halves an image five times, give at least {SMALLEST}")
+    if len(set(args.seeds)) < max(2, len(args.seeds)):
+        raise UserError("--seeds: an interval needs at least two seeds, each given once")
+    if not args.val_size:
+        raise UserError("--val-size 0: the validation images choose the learning rate, so there must be some")
+    device = pick_device(args.device)
+    data = load(args, device, shape=None)
+    if max(args.labels) > len(data.train):
+        raise UserError(f"--labels {max(args.labels)}: there are {len(data.train)} images to train on")
+    given, origin = None, "ImageNet"
+    if args.weights:
+        given, origin = read_weights(args.weights), Path(args.weights).name
+    elif not args.source:
+        given = imagenet_weights(args.data_dir)
+    if given is not None:
+        backbone(args.width, given, origin)  # refused before the run begins, not after
+    source = load_source(args, device) if args.source else None
+    run = start_run(args)
+    found = {}
+    if source:
+        origin = source.title
+        given, found = pretrained(source, args, run)
+    else:
+        checkpoint.save(run.path("source.pth"), model=given, origin=origin)
+    save_figure(draw_filters(given["conv1.weight"], origin), run.path("source.png"))
+
+    seen_by = dict.fromkeys(WAYS, data) | {"frozen": features_of(data, given, args)}
+    rows, rates = {}, {}
+    for count in sorted(set(args.labels)):
+        for way in WAYS:
+            tried = {lr: trained(way, count, args.seeds[0], lr, given, seen_by[way], args, run) for lr in args.lrs}
+            lr = max(args.lrs, key=lambda lr: float(tried[lr]["val_accuracy"]))
+            rest = (trained(way, count, seed, lr, given, seen_by[way], args, run) for seed in args.seeds[1:])
+            rows[way, count], rates[way, count] = [tried[lr], *rest], lr
+    table = []
+    for count in sorted(set(args.labels)):
+        right = {way: np.array([float(row["test_accuracy"]) for row in rows[way, count]]) for way in WAYS}
+        row = {"labels": count, "updates": updates_for(count, args)}
+        for way in WAYS:
+            row |= {way: right[way].mean(), f"{way}_half_width": half_width(right[way])}
+            row |= {f"{way}_accuracies": right[way], f"{way}_lr": rates[way, count]}
+            row[f"{way}_mean_seconds"] = np.mean([float(one["seconds"]) for one in rows[way, count]])
+        for way in WAYS[1:]:
+            gain = right[way] - right["scratch"]
+            row |= {f"{way}_gain": gain.mean(), f"{way}_gain_half_width": half_width(gain)}
+        table.append(row)
+    about = f"{data.title} at {args.resize}×{args.resize} after {origin}, ResNet-18 of {args.width} channels and up"
+    conclusion = "; ".join(said(row) for row in (table if len(table) == 1 else (table[0], table[-1])))
+    save_figure(draw(table, f"{about}, {len(args.seeds)} seeds", conclusion), run.path("transfer.png"))
+    return run.finish(
+        {
+            "origin": origin,
+            "resize": args.resize,
+            "width": args.width,
+            "epochs": args.epochs,
+            "seeds": args.seeds,
+            "device": device.type,
+            "test_images": len(data.test),
+            **found,
+            "labels": table,
+            "conclusion": conclusion,
+        }
+    )
+
+
+# --- where the pretrained weights come from -----------------------------------------------------------------------
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a file of tensors, or from a checkpoint's `model`. Errors: `UserError` when it is neither."""
+    if not Path(path).is_file():
+        raise UserError(f"no weights at {path}; --source fashion pretrains a network here, without a file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises anything from KeyError to UnpicklingError on a damaged file
+        raise UserError(f"{path} is damaged or no file of weights ({type(error).__name__})") from None
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state dict: names and tensors")
+    return state
+
+
+def imagenet_weights(data_dir: str | Path) -> dict[str, Tensor]:
+    """torchvision's ResNet-18 of ImageNet. Errors: `UserError` when it is neither there nor to be downloaded."""
+    from torchvision.models import ResNet18_Weights
+
+    url, folder = ResNet18_Weights.IMAGENET1K_V1.url, Path(data_dir) / "weights"
+    try:
+        with network_timeout():
+            options = {"map_location": "cpu", "progress": False, "check_hash": True, "weights_only": True}
+            return torch.hub.load_state_dict_from_url(url, str(folder), **options)
+    except Exception as error:  # anything from URLError to a hash that is wrong
+        raise UserError(
+            f"{Path(url).name} is not in {folder} and could not be had from {url} ({error}); put it there, name a file "
+            "with --weights, or pretrain here: --source fashion --dataset mnist --resize 32"
+        ) from None
+
+
+def backbone(width: int, weights: dict[str, Tensor] | None, origin: str) -> ResNet:
+    """A ResNet-18 without its last layer: normalised images (B, 3, H, W) → features (B, 8 width).
+
+    weights: None for a random start. Errors: `UserError` when they are those of another network.
+    """
+    network = ResNet(BasicBlock, (2, 2, 2, 2), num_classes=1, cifar_stem=False, residual=True, width=width)
+    network.fc = nn.Identity()
+    if weights is None:
+        return network
+    try:
+        network.load_state_dict({name: value for name, value in weights.items() if not name.startswith("fc.")})
+    except RuntimeError as error:
+        first = str(error).splitlines()[1].strip()
+        raise UserError(f"{origin} is no ResNet-18 of {width} channels and up: {first}") from None
+    return network
+
+
+def load_source(args: argparse.Namespace, device: torch.device) -> Data:
+    """The data set to pretrain on. Errors: as `load`."""
+    return load(argparse.Namespace(**{**vars(args), "dataset": args.source}), device, args.source_size, shape=None)
+
+
+def pretrained(source: Data, args: argparse.Namespace, run: Run) -> tuple[dict[str, Tensor], dict]:
+    """A ResNet-18 trained on all of the source, which is kept as source.pth, and its metrics."""
+    path = run.path("source.pth")
+    if not (args.resume and path.exists()):
+        started = time.perf_counter()
+        seed_everything(args.seed)
+        updates = max(1, args.source_epochs * (len(source.train) // args.batch_size))
+        network = complete(backbone(args.width, None, ""), args.width, len(source.classes), source.train.x.device)
+        fit(network, source.train, max(args.lrs), updates, args.seed, args)
+        right = accuracy(network, source.val, args.resize)
+        found = {"source_accuracy": right, "source_images": len(source.train), "source_updates": updates}
+        print(f"pretrained on {source.title}: {right:.2%} of its validation images", flush=True)
+        found["source_seconds"] = time.perf_counter() - started
+        weights = {name: value.cpu() for name, value in network[1].state_dict().items()}
+        checkpoint.save(path, model=weights, origin=source.title, found=found)
+    state = checkpoint.load(path)
+    return state["model"], state["found"]
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def trained(way: str, count: int, seed: int, lr: float, given: dict[str, Tensor], data: Data, args, run: Run) -> dict:
+    """The row of history.csv of one training, which is made unless it is there. data: of features for a frozen one."""
+    key = {"way": way, "labels": str(count), "seed": str(seed), "lr": str(lr)}
+    for row in run.history():
+        if key.items() <= row.items():
+            return row
+    started = time.perf_counter()
+    device = data.train.y.device
+    chosen = stratified_order(data.train.y.cpu().numpy(), np.random.default_rng(seed))[:count]
+    chosen = torch.from_numpy(chosen).to(device)
+    labelled = Split(data.train.x[chosen], data.train.y[chosen])
+    seed_everything(seed)
+    if way == "frozen":
+        network = nn.Linear(data.train.x.shape[1], len(data.classes)).to(device)  # all that learns
+    else:
+        features = backbone(args.width, None if way == "scratch" else given, "")
+        network = complete(features, args.width, len(data.classes), device)
+    fit(network, labelled, lr, updates_for(count, args), seed, args)
+    seconds = round(time.perf_counter() - started, 2)
+    train, val, test = (accuracy(network, split, args.resize) for split in (labelled, data.val, data.test))
+    run.log(**key, train_accuracy=train, val_accuracy=val, test_accuracy=test, seconds=seconds)
+    return run.history()[-1]
+
+
+def complete(features: ResNet, width: int, num_classes: int, device: torch.device) -> nn.Sequential:
+    """Normalisation, the backbone and a new linear layer: images of [0, 1] (B, 3, H, W) → logits (B, K)."""
+    network = nn.Sequential(Normalize(**IMAGENET), features, nn.Linear(8 * width, num_classes))
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def updates_for(count: int, args) -> int:
+    """How many updates a training on so many images gets."""
+    return max(args.least_updates, args.epochs * (count // args.batch_size))
+
+
+def batches(n: int, batch_size: int, updates: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """`updates` batches of positions in n images, pass after pass, each in another order."""
+    done = 0
+    while True:
+        for batch in minibatches(n, min(batch_size, n), rng, drop_last=True):
+            if done == updates:
+                return
+            yield batch
+            done += 1
+
+
+def seen(x: Tensor, side: int) -> Tensor:
+    """What the network is given: uint8 images (B, 1 or 3, H, W) → floats of [0, 1] (B, 3, side, side).
+
+    Features (B, F), which a linear layer learns from, stay as they are.
+    """
+    return x if x.ndim == 2 else enlarged(pixels(x.expand(-1, 3, -1, -1)), side)
+
+
+def fit(network: nn.Module, split: Split, lr: float, updates: int, seed: int, args) -> None:
+    """Train in place: SGD with Nesterov's momentum, one cycle of the rate."""
+    device = split.y.device
+    optimizer = torch.optim.SGD(get_param_groups(network, 5e-4), lr=lr, momentum=0.9, nesterov=True)
+    network.train()
+    total = torch.zeros((), device=device)  # read once
+    for step, batch in enumerate(batches(len(split), args.batch_size, updates, np.random.default_rng(seed))):
+        batch = torch.from_numpy(batch).to(device)
+        for group in optimizer.param_groups:
+            group["lr"] = one_cycle(step, updates, lr)
+        with autocast(device, True):
+            logits = network(seen(split.x[batch], args.resize))  # (B, K)
+        loss = F.cross_entropy(logits.float(), split.y[batch])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total += loss.detach()
+    check_finite(total.item(), updates, lr, "--lrs")
+
+
+@torch.no_grad()
+def features_of(data: Data, given: dict[str, Tensor], args) -> Data:
+    """The frozen network's features (N, F) in place of all images, in evaluation mode: BatchNorm's statistics stay."""
+    device = data.train.x.device
+    network = complete(backbone(args.width, given, ""), args.width, 1, device)[:2].eval()
+
+    def features(split: Split) -> Split:
+        with autocast(device, True):
+            return Split(torch.cat([network(seen(x, args.resize)).float() for x in split.x.split(250)]), split.y)
+
+    return replace(data, train=features(data.train), val=features(data.val), test=features(data.test))
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, split: Split, side: int) -> float:
+    """The part of the images, or of features, classified right."""
+    with evaluating(network), autocast(split.y.device, True):
+        logits = torch.cat([network(seen(part, side)).float() for part in split.x.split(250)])  # (N, K)
+    return share(logits.argmax(1) == split.y)
+
+
+# --- what is shown ------------------------------------------------------------------------------------------------
+
+
+def said(row: dict) -> str:
+    """One row of the table in words."""
+    parts = []
+    for way in WAYS[1:]:
+        gain, half = row[f"{way}_gain"], row[f"{way}_gain_half_width"]
+        verdict = "" if abs(gain) > half else " (not shown)"
+        parts.append(f"{way} {100 * gain:+.1f} ± {100 * half:.1f} points{verdict}")
+    return f"with {row['labels']:,} labels " + ", ".join(parts) + " against scratch"
+
+
+def draw(table: list[dict], about: str, conclusion: str):
+    """Errors against the number of labels, and what pretraining brings."""
+    figure, axes = new_figure(1, 2, width=11.2, height=4.6)
+    counts = [row["labels"] for row in table]
+    for index, way in enumerate(WAYS):
+        errors = np.array([1 - row[f"{way}_accuracies"] for row in table])  # (counts, seeds)
+        axes[0, 0].plot(counts, 100 * errors.mean(1), marker="o", label=way, **line_style(index))
+        axes[0, 0].plot(counts, 100 * errors, "_", color=COLORS[index], markersize=9)
+        if way in WAYS[1:]:
+            gain = [100 * row[f"{way}_gain"] for row in table]
+            half = [100 * row[f"{way}_gain_half_width"] for row in table]
+            at = np.array(counts) * 1.05 ** (index - 1.5)
+            axes[0, 1].errorbar(at, gain, half, marker="o", capsize=4, label=way, **line_style(index))
+    axes[0, 1].axhline(0, color="black", linewidth=1)
+    axes[0, 0].set(xscale="log", yscale="log", ylabel="test error (%), mean and seeds")
+    axes[0, 1].set(xscale="log", ylabel="points of accuracy over scratch, 95 % interval")
+    for ax in axes.flat:
+        ax.set(xlabel="labelled images")
+        ax.set_xticks(counts, [f"{count:,}" for count in counts])
+        ax.minorticks_off()
+        ax.legend()
+    figure.suptitle(f"{about}:\n" + conclusion.replace("; ", ";\n"))
+    return figure
+
+
+def draw_filters(filters: Tensor, origin: str):
+    """The first layer's filters (C, 3, 7, 7), each scaled to its largest value."""
+    figure, axes = new_figure(width=6.4, height=3.6)
+    largest = filters.flatten(1).abs().amax(1)[:, None, None, None]
+    image_grid(axes[0, 0], (0.5 + filters / (2 * largest)).numpy(), min(16, len(filters)))
+    figure.suptitle(f"The first layer's {len(filters)} filters after {origin} (grey: 0)")
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(main, build_parser)
