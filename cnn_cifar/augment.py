@@ -260,8 +260,8 @@ def random_rand_augment(x: Tensor, generator: Generator, count: int = 2, magnitu
     shape = (count, len(x))
     for chosen in torch.randint(len(operations), shape, generator=generator, device=generator.device).to(x.device):
         result = x.clone()
-        for number, operation in enumerate(operations):
-            group = torch.nonzero(chosen == number)[:, 0]  # the images that this operation gets
+        sizes = torch.bincount(chosen, minlength=len(operations)).tolist()
+        for operation, group in zip(operations, chosen.argsort().split(sizes), strict=True):  # who gets it
             if len(group):
                 result[group] = operation(x[group])
         x = result

@@ -46,7 +46,7 @@ class Data:
 def add_data_flags(parser: argparse.ArgumentParser, batch_size: int, val_size: int) -> None:
     """The flags that `load` reads beside those of `make_parser`."""
     parser.add_argument("--batch-size", type=positive_int, default=batch_size, help="images per update")
-    held_out = "training images held out to choose by; 0 trains on all of them"
+    held_out = "training images held out to choose by" + ("" if val_size else "; 0 trains on all of them")
     parser.add_argument("--val-size", type=non_negative_int, default=val_size, help=held_out)
 
 
@@ -79,11 +79,12 @@ def pixels(x: Tensor) -> Tensor:
     return (x / 255).contiguous(memory_format=torch.channels_last)
 
 
-def enlarged(x: Tensor, side: int) -> Tensor:
+def resized(x: Tensor, side: int) -> Tensor:
     """Float images (B, 3, H, W) at side×side pixels, bilinear; as they are where they have that size."""
     if x.shape[-2:] == (side, side):
         return x
-    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)  # (B, 3, side, side)
+    shrinks = side < max(x.shape[-2:])  # then a pixel is a mean over all that it stands for
+    return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False, antialias=shrinks)
 
 
 @contextmanager

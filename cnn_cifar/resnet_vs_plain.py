@@ -9,10 +9,11 @@ shortcuts and without:
 
     residual   y = relu(F(x) + x)           plain   y = relu(F(x))
 
-Both of a depth see the same images in the same order, each at the better of `--lrs` for the first seed, by SGD with
-Nesterov's momentum and one cycle of the rate. Accuracy is that of validation images; a difference is the mean over the
-seeds of (plain − residual) with Student's 95 % interval. At every update ‖∂L/∂W‖ of every convolution is kept: at the
-first update it shows what the initialisation does, later what training makes of it.
+Both of a depth see the same images in the same order, by SGD with Nesterov's momentum and one cycle of the rate, each
+at the one of `--lrs` that is better on validation images for the first seed. Compared are the test images; a difference
+is the mean over the seeds of (plain − residual) with Student's 95 % interval. At every update ‖∂L/∂W‖ of every
+convolution is kept: at the first it shows what the initialisation does; later the networks differ in their loss, their
+weights and perhaps their rate as well, and so do the gradients. `--no-amp` computes in float32.
 
 Writes residual_vs_plain.png, gradient_flow.png, depth_<n>_<kind>_<lr>_<seed>.npz (arrays norms, losses), history.csv,
 metrics.json.
@@ -22,6 +23,7 @@ residual networks at initialisation).
 Shapes: N images, B batch, K classes, U updates, L layers.
 """
 
+import argparse
 import time
 
 import numpy as np
@@ -56,6 +58,8 @@ def build_parser():
     parser.add_argument("--train-size", type=positive_int, help="images to train on (default: all)")
     rates = "highest learning rates, of which each network gets the better one"
     parser.add_argument("--lrs", type=positive_float, nargs="+", default=[0.03, 0.1], help=rates)
+    on = {"action": argparse.BooleanOptionalAction, "default": True}
+    parser.add_argument("--amp", **on, help="compute in bfloat16, with float32 parameters")
     parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="one training of each network")
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that are missing")
     return parser
@@ -70,7 +74,7 @@ def main(argv=None) -> dict:
         if len(set(values)) < max(least, len(values)):
             raise UserError(f"{flag}: at least {least}, each given once")
     if not args.val_size:
-        raise UserError("--val-size 0: the networks are compared on validation images, so there must be some")
+        raise UserError("--val-size 0: the validation images choose the rate, so there must be some")
     device = pick_device(args.device)
     data = load(args, device, args.train_size)
     run = start_run(args)
@@ -81,13 +85,15 @@ def main(argv=None) -> dict:
             tried = {lr: train(depth, kind, lr, args.seeds[0], data, args, run) for lr in args.lrs}
             lr = max(args.lrs, key=lambda lr: tried[lr]["val_accuracy"])
             found = [tried[lr], *(train(depth, kind, lr, seed, data, args, run) for seed in args.seeds[1:])]
+            for one in found:  # a rate that diverges is a result; one that is the best of all is a mistake
+                check_finite(one["train_loss"], len(one["losses"]), lr, "--lrs")
             trained[depth, kind] = found
             row |= {f"{kind}_lr": lr, f"{kind}_tried": {f"{lr:g}": one["val_accuracy"] for lr, one in tried.items()}}
-            row[kind] = np.mean([one["val_accuracy"] for one in found])
+            row[kind] = np.mean([one["test_accuracy"] for one in found])
             row[f"{kind}_train_loss"] = np.mean([one["train_loss"] for one in found])
             row[f"{kind}_seconds"] = np.mean([one["seconds"] for one in found])
         residual, plain = (trained[depth, kind] for kind in KINDS)
-        difference = [b["val_accuracy"] - a["val_accuracy"] for a, b in zip(residual, plain, strict=True)]
+        difference = [b["test_accuracy"] - a["test_accuracy"] for a, b in zip(residual, plain, strict=True)]
         row |= {"difference": np.mean(difference), "half_width": half_width(difference), "finding": said(difference)}
         pairs = [(a["norms"][:, 1], b["norms"][:, 1]) for a, b in zip(residual, plain, strict=True)]  # first block
         row["first_update_ratio"] = np.exp(np.mean([np.log(b[0] / a[0]) for a, b in pairs]))
@@ -134,7 +140,7 @@ def convolutions(network: nn.Module) -> list[nn.Parameter]:
 
 
 def train(depth: int, kind: str, lr: float, seed: int, data: Data, args, run: Run) -> dict:
-    """Train one network unless that is done: val_accuracy, train_loss, seconds, norms (U, L), losses (U,)."""
+    """Train one network unless that is done: its accuracies, train_loss, seconds, norms (U, L), losses (U,)."""
     key = {"depth": str(depth), "kind": kind, "lr": str(lr), "seed": str(seed)}
     path = run.path(f"depth_{depth}_{kind}_{lr:g}_{seed}.npz")
     row = next((row for row in run.history() if key.items() <= row.items()), None)
@@ -142,12 +148,13 @@ def train(depth: int, kind: str, lr: float, seed: int, data: Data, args, run: Ru
         started = time.perf_counter()
         network, norms, losses = fit(depth, kind, lr, seed, data, args)
         seconds = time.perf_counter() - started
-        _, accuracy = loss_and_accuracy(network, data.val, amp=True)
-        save_arrays(path, norms=norms, losses=losses)  # before the row, which says that the training is done
         last = float(losses[-len(losses) // args.epochs :].mean())
-        run.log(**key, val_accuracy=accuracy, train_loss=last, seconds=round(seconds, 1))
+        val, test = (loss_and_accuracy(network, split, args.amp)[1] for split in (data.val, data.test))
+        right = {"val_accuracy": val if np.isfinite(last) else 0.0, "test_accuracy": test}
+        save_arrays(path, norms=norms, losses=losses)  # before the row, which says that the training is done
+        run.log(**key, **right, train_loss=last, seconds=round(seconds, 1))
         row = run.history()[-1]
-    numbers = {name: float(row[name]) for name in ("val_accuracy", "train_loss", "seconds")}
+    numbers = {name: float(row[name]) for name in ("val_accuracy", "test_accuracy", "train_loss", "seconds")}
     return {**numbers, **load_arrays(path)}
 
 
@@ -169,7 +176,7 @@ def fit(depth: int, kind: str, lr: float, seed: int, data: Data, args) -> tuple[
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, updates, lr)
         images = pixels(random_crop(random_flip(x[batch], generator), generator))
-        with autocast(device, True):
+        with autocast(device, args.amp):
             logits = network(images)  # (B, K)
         loss = F.cross_entropy(logits.float(), y[batch])
         optimizer.zero_grad()
@@ -177,7 +184,6 @@ def fit(depth: int, kind: str, lr: float, seed: int, data: Data, args) -> tuple[
         norms[step] = torch.stack([weight.grad.norm() for weight in weights])
         losses[step] = loss.detach()
         optimizer.step()
-    check_finite(losses.sum().item(), updates, lr, "--lrs")
     return network, norms.cpu().numpy(), losses.cpu().numpy()
 
 
@@ -186,7 +192,8 @@ def draw_accuracy(table: list[dict], trained: dict, about: str):
     figure, axes = new_figure(1, 2, width=10.8, height=4.4)
     at = np.arange(len(table))
     for index, kind in enumerate(KINDS):
-        values = np.array([[one["val_accuracy"] for one in trained[row["depth"], kind]] for row in table])  # (D, seeds)
+        values = [[one["test_accuracy"] for one in trained[row["depth"], kind]] for row in table]
+        values = np.array(values)  # (depths, seeds)
         bars = [100 * half_width(each) for each in values]
         style = {**line_style(index), "marker": "o", "capsize": 4}
         axes[0, 0].errorbar(at + 0.06 * index, 100 * values.mean(1), bars, label=kind, **style)
@@ -195,7 +202,7 @@ def draw_accuracy(table: list[dict], trained: dict, about: str):
         losses = np.mean([one["losses"] for one in trained[table[-1]["depth"], kind]], axis=0)
         axes[0, 1].plot(smooth(losses), label=f"{kind}, {table[-1]['depth']} layers", **line_style(index))
     axes[0, 0].set_xticks(at, [str(row["depth"]) for row in table])
-    ylabel = "validation accuracy (%), 95 % interval"
+    ylabel = "test accuracy (%), 95 % interval"
     axes[0, 0].set(xlabel="layers", ylabel=ylabel, title="black: the seeds")
     axes[0, 1].set(xlabel="update", ylabel="training loss (nats), mean over seeds", title="the deepest, smoothed")
     for ax in axes.flat:
@@ -209,7 +216,8 @@ def draw_gradients(row: dict, trained: dict, about: str):
     figure, axes = new_figure(1, 2, width=10.8, height=4.6)
     for index, kind in enumerate(KINDS):
         norms = np.exp(np.mean([np.log(one["norms"]) for one in trained[row["depth"], kind]], axis=0))  # (U, L)
-        axes[0, 0].plot(np.exp(smooth(np.log(norms[:, 1]))), label=kind, **line_style(index))
+        label = f"{kind}, rate {row[f'{kind}_lr']:g}"
+        axes[0, 0].plot(np.exp(smooth(np.log(norms[:, 1]))), label=label, **line_style(index))
         tail = max(1, len(norms) // 10)
         layers = np.arange(1, norms.shape[1] + 1)
         ends = {"first update": norms[0], "last tenth": np.exp(np.log(norms[-tail:]).mean(0))}

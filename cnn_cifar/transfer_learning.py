@@ -13,10 +13,11 @@ A ResNet-18 learns the classes of `--dataset` from few labelled images, in three
 The pretrained weights are torchvision's of ImageNet (downloaded when they are not in `--data-dir`), those of
 `--weights FILE` (a state dict with torchvision's names), or, with `--source`, made here on another data set; they are
 left as source.pth, which `--weights` reads. All three ways get the same labelled images and the same number of updates,
-without augmentation, each at the best of `--lrs` on validation images for the first seed; test images are read once for
-each training. A frozen network is asked once for each image: its features are then all that the linear layer sees.
+without augmentation, each at the best of `--lrs` for the first seed on validation images, which are labelled too and not
+counted among the few; test images are read once for each training. A frozen network is asked once for each image: its
+features are then all that the linear layer sees.
 
-Grey images become three equal channels; all are enlarged to `--resize` and normalised with ImageNet's statistics. At 32
+Grey images become three equal channels; all get `--resize` pixels and are normalised with ImageNet's statistics. At 32
 pixels the stem and the stages leave a single position, which is enough for digits.
 
 Writes transfer.png, source.png, source.pth, history.csv, metrics.json.
@@ -26,6 +27,7 @@ Shapes: N images, B batch, K classes, F features.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,9 +36,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.ticker import LogFormatter, NullLocator
 from torch import Tensor, nn
 
-from cnn_cifar.inputs import Data, Split, add_data_flags, enlarged, evaluating, load, pixels, share
+from cnn_cifar.inputs import Data, Split, add_data_flags, evaluating, load, pixels, resized, share
 from cnn_cifar.models import Normalize, get_param_groups
 from cnn_cifar.resnet import BasicBlock, ResNet
 from shared_utils import checkpoint
@@ -62,8 +65,9 @@ def build_parser():
     add_data_flags(parser, batch_size=64, val_size=5000)
     parser.add_argument("--weights", metavar="FILE", help="a pretrained ResNet-18's state dict, torchvision's names")
     parser.add_argument("--source", metavar="NAME", help="pretrain here, on this data set (names as of --dataset)")
-    parser.add_argument("--source-epochs", type=positive_int, default=2, help="passes over the source's images")
-    parser.add_argument("--source-size", type=positive_int, help="images of the source to pretrain on (default: all)")
+    parser.add_argument("--source-epochs", type=positive_int, default=2, help="with --source: passes over its images")
+    parser.add_argument("--source-size", type=positive_int, help="with --source: of its images, so many (default: all)")
+    parser.add_argument("--source-lr", type=positive_float, default=0.1, help="with --source: the highest rate there")
     counts = "labelled images to learn from, of all classes together"
     parser.add_argument("--labels", type=positive_int, nargs="+", default=[100, 500, 2500, 10000], help=counts)
     parser.add_argument("--epochs", type=positive_int, default=5, help="passes over the labelled images")
@@ -73,6 +77,8 @@ def build_parser():
     parser.add_argument("--width", type=positive_int, default=64, help="channels of the first stage (ResNet-18's: 64)")
     rates = {"type": positive_float, "nargs": "+", "default": [0.01, 0.1]}
     parser.add_argument("--lrs", **rates, help="highest learning rates of one cycle; each way gets the better one")
+    on = {"action": argparse.BooleanOptionalAction, "default": True}
+    parser.add_argument("--amp", **on, help="compute in bfloat16, with float32 parameters")
     parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="other images, other starts")
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
     return parser
@@ -83,6 +89,10 @@ def main(argv=None) -> dict:
     args = build_parser().parse_args(argv)
     if args.weights and args.source:
         raise UserError("--weights and --source: give one of them, both say where the pretrained network comes from")
+    if args.source == args.dataset:
+        raise UserError(f"--source {args.source}: pretraining on --dataset itself would use all of its labels")
+    if min(args.batch_size, *args.labels) < 2:
+        raise UserError("--batch-size and --labels: at least two images, BatchNorm learns from how they differ")
     if args.resize < SMALLEST:
         raise UserError(f"--resize {args.resize}: the network halves an image five times, give at least {SMALLEST}")
     if len(set(args.seeds)) < max(2, len(args.seeds)):
@@ -102,6 +112,8 @@ def main(argv=None) -> dict:
         backbone(args.width, given, origin)  # refused before the run begins, not after
     source = load_source(args, device) if args.source else None
     run = start_run(args)
+    if not args.resume:
+        run.path("source.pth").unlink(missing_ok=True)  # of an earlier run, perhaps from another source
     found = {}
     if source:
         origin = source.title
@@ -118,6 +130,8 @@ def main(argv=None) -> dict:
             lr = max(args.lrs, key=lambda lr: float(tried[lr]["val_accuracy"]))
             rest = (trained(way, count, seed, lr, given, seen_by[way], args, run) for seed in args.seeds[1:])
             rows[way, count], rates[way, count] = [tried[lr], *rest], lr
+            for row in rows[way, count]:  # a rate that diverges is a result; one that is the best of all is a mistake
+                check_finite(float(row["train_loss"]), updates_for(count, args), lr, "--lrs")
     table = []
     for count in sorted(set(args.labels)):
         right = {way: np.array([float(row["test_accuracy"]) for row in rows[way, count]]) for way in WAYS}
@@ -160,8 +174,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises anything from KeyError to UnpicklingError on a damaged file
         raise UserError(f"{path} is damaged or no file of weights ({type(error).__name__})") from None
-    state = state.get("model", state) if isinstance(state, dict) else {}
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    state = state.get("model", state) if isinstance(state, dict) else state
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state dict: names and tensors")
     return state
 
@@ -200,8 +215,9 @@ def backbone(width: int, weights: dict[str, Tensor] | None, origin: str) -> ResN
 
 
 def load_source(args: argparse.Namespace, device: torch.device) -> Data:
-    """The data set to pretrain on. Errors: as `load`."""
-    return load(argparse.Namespace(**{**vars(args), "dataset": args.source}), device, args.source_size, shape=None)
+    """The data set to pretrain on, none of it held out. Errors: as `load`."""
+    flags = argparse.Namespace(**{**vars(args), "dataset": args.source, "val_size": 0})
+    return load(flags, device, args.source_size, shape=None)
 
 
 def pretrained(source: Data, args: argparse.Namespace, run: Run) -> tuple[dict[str, Tensor], dict]:
@@ -212,10 +228,11 @@ def pretrained(source: Data, args: argparse.Namespace, run: Run) -> tuple[dict[s
         seed_everything(args.seed)
         updates = max(1, args.source_epochs * (len(source.train) // args.batch_size))
         network = complete(backbone(args.width, None, ""), args.width, len(source.classes), source.train.x.device)
-        fit(network, source.train, max(args.lrs), updates, args.seed, args)
-        right = accuracy(network, source.val, args.resize)
+        loss = fit(network, source.train, args.source_lr, updates, args.seed, args)
+        check_finite(loss, updates, args.source_lr, "--source-lr")
+        right = accuracy(network, source.test, args)
         found = {"source_accuracy": right, "source_images": len(source.train), "source_updates": updates}
-        print(f"pretrained on {source.title}: {right:.2%} of its validation images", flush=True)
+        print(f"pretrained on {source.title}: {right:.2%} of its test images", flush=True)
         found["source_seconds"] = time.perf_counter() - started
         weights = {name: value.cpu() for name, value in network[1].state_dict().items()}
         checkpoint.save(path, model=weights, origin=source.title, found=found)
@@ -243,10 +260,11 @@ def trained(way: str, count: int, seed: int, lr: float, given: dict[str, Tensor]
     else:
         features = backbone(args.width, None if way == "scratch" else given, "")
         network = complete(features, args.width, len(data.classes), device)
-    fit(network, labelled, lr, updates_for(count, args), seed, args)
+    loss = fit(network, labelled, lr, updates_for(count, args), seed, args)
     seconds = round(time.perf_counter() - started, 2)
-    train, val, test = (accuracy(network, split, args.resize) for split in (labelled, data.val, data.test))
-    run.log(**key, train_accuracy=train, val_accuracy=val, test_accuracy=test, seconds=seconds)
+    train, val, test = (accuracy(network, split, args) for split in (labelled, data.val, data.test))
+    right = {"train_accuracy": train, "val_accuracy": val if math.isfinite(loss) else 0.0, "test_accuracy": test}
+    run.log(**key, train_loss=loss, **right, seconds=seconds)
     return run.history()[-1]
 
 
@@ -277,11 +295,11 @@ def seen(x: Tensor, side: int) -> Tensor:
 
     Features (B, F), which a linear layer learns from, stay as they are.
     """
-    return x if x.ndim == 2 else enlarged(pixels(x.expand(-1, 3, -1, -1)), side)
+    return x if x.ndim == 2 else resized(pixels(x.expand(-1, 3, -1, -1)), side)
 
 
-def fit(network: nn.Module, split: Split, lr: float, updates: int, seed: int, args) -> None:
-    """Train in place: SGD with Nesterov's momentum, one cycle of the rate."""
+def fit(network: nn.Module, split: Split, lr: float, updates: int, seed: int, args) -> float:
+    """Train in place by SGD with Nesterov's momentum and one cycle of the rate; the mean loss of the updates (nats)."""
     device = split.y.device
     optimizer = torch.optim.SGD(get_param_groups(network, 5e-4), lr=lr, momentum=0.9, nesterov=True)
     network.train()
@@ -290,14 +308,14 @@ def fit(network: nn.Module, split: Split, lr: float, updates: int, seed: int, ar
         batch = torch.from_numpy(batch).to(device)
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, updates, lr)
-        with autocast(device, True):
+        with autocast(device, args.amp):
             logits = network(seen(split.x[batch], args.resize))  # (B, K)
         loss = F.cross_entropy(logits.float(), split.y[batch])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         total += loss.detach()
-    check_finite(total.item(), updates, lr, "--lrs")
+    return total.item() / updates
 
 
 @torch.no_grad()
@@ -307,17 +325,17 @@ def features_of(data: Data, given: dict[str, Tensor], args) -> Data:
     network = complete(backbone(args.width, given, ""), args.width, 1, device)[:2].eval()
 
     def features(split: Split) -> Split:
-        with autocast(device, True):
+        with autocast(device, args.amp):
             return Split(torch.cat([network(seen(x, args.resize)).float() for x in split.x.split(250)]), split.y)
 
     return replace(data, train=features(data.train), val=features(data.val), test=features(data.test))
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, split: Split, side: int) -> float:
+def accuracy(network: nn.Module, split: Split, args) -> float:
     """The part of the images, or of features, classified right."""
-    with evaluating(network), autocast(split.y.device, True):
-        logits = torch.cat([network(seen(part, side)).float() for part in split.x.split(250)])  # (N, K)
+    with evaluating(network), autocast(split.y.device, args.amp):
+        logits = torch.cat([network(seen(part, args.resize)).float() for part in split.x.split(250)])  # (N, K)
     return share(logits.argmax(1) == split.y)
 
 
@@ -350,10 +368,12 @@ def draw(table: list[dict], about: str, conclusion: str):
     axes[0, 1].axhline(0, color="black", linewidth=1)
     axes[0, 0].set(xscale="log", yscale="log", ylabel="test error (%), mean and seeds")
     axes[0, 1].set(xscale="log", ylabel="points of accuracy over scratch, 95 % interval")
+    for formatter in (axes[0, 0].yaxis.set_major_formatter, axes[0, 0].yaxis.set_minor_formatter):
+        formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
     for ax in axes.flat:
         ax.set(xlabel="labelled images")
         ax.set_xticks(counts, [f"{count:,}" for count in counts])
-        ax.minorticks_off()
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.legend()
     figure.suptitle(f"{about}:\n" + conclusion.replace("; ", ";\n"))
     return figure
@@ -362,6 +382,7 @@ def draw(table: list[dict], about: str, conclusion: str):
 def draw_filters(filters: Tensor, origin: str):
     """The first layer's filters (C, 3, 7, 7), each scaled to its largest value."""
     figure, axes = new_figure(width=6.4, height=3.6)
+    filters = filters.float()
     largest = filters.flatten(1).abs().amax(1)[:, None, None, None]
     image_grid(axes[0, 0], (0.5 + filters / (2 * largest)).numpy(), min(16, len(filters)))
     figure.suptitle(f"The first layer's {len(filters)} filters after {origin} (grey: 0)")

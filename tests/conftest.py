@@ -1,9 +1,12 @@
 """For all tests."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from shared_utils.cli import run_main
+from shared_utils.embedded import shapes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,3 +29,16 @@ def fails(capsys):
         return written.err
 
     return ended
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """A folder of 32×32 pictures of three classes: 72 for training and 24 for the test."""
+    top, classes = tmp_path_factory.mktemp("pictures"), ("circle", "square", "star")
+    for split, n in (("train", 240), ("test", 80)):
+        x, y, *_ = shapes(split, n=n)
+        for i in np.flatnonzero(y < 3):
+            path = top / split / classes[y[i]] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(x[i].transpose(1, 2, 0)).save(path)
+    return top

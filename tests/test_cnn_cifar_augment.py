@@ -26,6 +26,7 @@ from cnn_cifar.models import CIFAR10_MEAN
 from shared_utils.cli import UserError
 
 RANDOM = {"flip": random_flip, "crop": random_crop, "jitter": random_color_jitter, "cutout": random_cutout}
+RANDOM |= {"rotation": augment.random_rotation, "RandAugment": augment.random_rand_augment}
 FLOAT_TOLERANCE = 2e-6  # of values in [0, 1]: some roundings of float32
 
 
@@ -227,3 +228,97 @@ def test_a_wrong_strength_gets_one_line(call, message):
     with pytest.raises(UserError, match=message) as stop:
         call(noise(), seeded())
     assert "\n" not in str(stop.value)
+
+
+# --- rotation, RandAugment, Mixup -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("h", "w"), [(32, 32), (20, 31)])
+def test_rotation_is_torchvisions_inside_the_image(h, w):
+    x, degrees = noise(8, h, w), torch.tensor([-170.0, -30, -7, 0, 7, 30, 90, 135])
+    bilinear = tv.InterpolationMode.BILINEAR
+    expected = one_by_one(lambda image, d: tv.rotate(image.float(), d, bilinear), x, degrees)
+    row, column = (torch.arange(side) - (side - 1) / 2 for side in (h, w))
+    inside = row[:, None] ** 2 + column**2 < (min(h, w) / 2 - 2) ** 2  # what no corner reaches
+    difference = (augment.rotate(x, degrees).float() - expected).abs()[:, :, inside]
+    assert difference.max() <= 0.51  # ours is rounded to whole grey levels
+    assert torch.equal(augment.rotate(x, torch.zeros(8)), x)
+
+
+def test_a_turn_by_a_quarter_is_exact_and_counterclockwise():
+    x = noise(3, 10, 10)
+    assert torch.equal(augment.rotate(x, torch.full((3,), 90.0)), torch.rot90(x, 1, (2, 3)))
+
+
+def test_rotation_fills_the_corners_with_the_image():
+    x = torch.full((4, 3, 16, 16), 200, dtype=torch.uint8)
+    assert (augment.rotate(x, torch.tensor([10.0, 45, 80, -33])) == 200).all()
+
+
+def test_rand_augments_operations_are_torchvisions():
+    x = noise(2, 32, 32) // 4 * 3 + 20  # neither black nor white: there is contrast to stretch
+    operations = augment.rand_augment_operations(0.3, 32)
+    found = [operation(x) for operation in operations]
+    assert len(operations) == 28  # 14 operations, twice each: in both directions or the same again
+    assert sum(torch.equal(y, x) for y in found) == 2  # the identity alone
+    shift, shear = 4, 16.699244  # pixels at 0.3; degrees at full strength
+    for sign in (-1, 1):
+        factor, angle = 1 + sign * 0.27, sign * 9.0
+        expected = [
+            tv.rotate(x, angle),
+            tv.affine(x, 0.0, [sign * shift, 0], 1.0, [0.0, 0.0]),
+            tv.affine(x, 0.0, [0, sign * shift], 1.0, [0.0, 0.0]),
+            tv.adjust_brightness(x, factor),
+            tv.adjust_saturation(x, factor),
+            tv.adjust_contrast(x, factor),
+            tv.adjust_sharpness(x, factor),
+            tv.posterize(x, 7),
+            tv.solarize(x, 255 * 0.7),
+            tv.autocontrast(x),
+            tv.equalize(x),
+        ]
+        for wanted in expected:
+            assert any(torch.equal(y, wanted) for y in found)
+    full = augment.rand_augment_operations(1.0, 32)
+    wanted = tv.affine(x, 0.0, [0, 0], 1.0, [shear, 0.0], center=[0, 0])
+    assert any(torch.equal(operation(x), wanted) for operation in full)
+
+
+def test_rand_augment_draws_for_each_image_alone():
+    x = (noise(1, 32, 32) // 4 * 3 + 20).expand(400, -1, -1, -1).contiguous()
+    y = augment.random_rand_augment(x, seeded(), count=1)
+    kinds = {image.numpy().tobytes() for image in y}
+    distinct = {operation(x[:1])[0].numpy().tobytes() for operation in augment.rand_augment_operations(0.3, 32)}
+    assert kinds == distinct  # each operation's picture is there, and no other
+    same = np.mean([torch.equal(image, x[0]) for image in y])
+    assert 0.03 < same < 0.12  # the identity is one of 14: 0.071, deviation 0.013
+    assert not torch.equal(augment.random_rand_augment(x, seeded(), count=2), y)
+
+
+def test_rand_augment_needs_no_image_to_be_in_every_group():
+    x = noise(3, 32, 32)
+    assert augment.random_rand_augment(x, seeded()).shape == x.shape
+
+
+def test_mixup_mixes_images_and_nothing_else():
+    x = torch.rand(4, 3, 5, 5, generator=seeded())
+    partner, lam = torch.tensor([2, 0, 1, 3]), torch.tensor([1.0, 0.0, 0.25, 0.6])
+    mixed = augment.mixup(x, partner, lam)
+    assert torch.equal(mixed[0], x[0])
+    assert torch.equal(mixed[1], x[0])
+    assert torch.allclose(mixed[2], 0.25 * x[2] + 0.75 * x[1])
+    assert torch.allclose(mixed[3], x[3])
+
+
+@pytest.mark.parametrize(
+    ("function", "settings", "said"),
+    [
+        ("random_rotation", {"degrees": -1}, "0 to 180 degrees"),
+        ("random_rotation", {"degrees": 181}, "0 to 180 degrees"),
+        ("random_rand_augment", {"count": 0}, "operations from 1"),
+        ("random_rand_augment", {"magnitude": 1.1}, "strength from 0 to 1"),
+    ],
+)
+def test_a_strength_without_meaning_is_refused(function, settings, said):
+    with pytest.raises(UserError, match=said):
+        getattr(augment, function)(noise(), seeded(), **settings)

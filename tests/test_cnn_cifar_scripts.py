@@ -42,8 +42,8 @@ def ran(module, *flags):
     return module.main([str(flag) for flag in ("--device", "cpu", *flags)])
 
 
-def loaded(module, folder):
-    return load(module.build_parser().parse_args(["--dataset", str(folder), *map(str, SCRIPTS[module])]), CPU)
+def loaded(module, pictures):
+    return load(module.build_parser().parse_args(["--dataset", str(pictures), *map(str, SCRIPTS[module])]), CPU)
 
 
 def rows_of(path):
@@ -52,20 +52,10 @@ def rows_of(path):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    top = tmp_path_factory.mktemp("pictures")  # three classes, 72 images for training and 24 for the test
-    for split, n in (("train", 240), ("test", 80)):
-        x, y, *_ = shapes(split, n=n)
-        for i in np.flatnonzero(y < 3):
-            save_image(x[i], top / split / CLASSES[y[i]] / f"{i}.png")
-    return top
-
-
-@pytest.fixture(scope="module")
-def runs_dir(folder, tmp_path_factory):
+def runs_dir(pictures, tmp_path_factory):
     top = tmp_path_factory.mktemp("runs")
     for module in (allcnn, fast_cifar):
-        ran(module, "--dataset", folder, "--runs-dir", top, *SCRIPTS[module])
+        ran(module, "--dataset", pictures, "--runs-dir", top, *SCRIPTS[module])
     return top / "cnn_cifar"
 
 
@@ -108,7 +98,7 @@ def test_each_image_is_flipped_shifted_and_recoloured(step, ways, monkeypatch):
     assert len(torch.unique(augmented(x, Generator().manual_seed(0), False), dim=0)) >= ways
 
 
-def test_allcnn_writes_what_its_docstring_names_and_it_agrees(runs_dir, folder):
+def test_allcnn_writes_what_its_docstring_names_and_it_agrees(runs_dir, pictures):
     out = runs_dir / "allcnn"
     named = allcnn.__doc__.split("\nWrites ")[1].split(".\nWith")[0].replace("\n", " ").split(", ")
     assert {path.name for path in out.iterdir() if path.name[0] != "."} == {*named, "config.json"}
@@ -117,7 +107,7 @@ def test_allcnn_writes_what_its_docstring_names_and_it_agrees(runs_dir, folder):
     assert [row["lr"] for row in rows] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001])
     best = max(rows, key=lambda row: row["val_accuracy"])
     assert (metrics["best_epoch"], metrics["val_accuracy"]) == (best["epoch"], best["val_accuracy"])
-    data = loaded(allcnn, folder)
+    data = loaded(allcnn, pictures)
     assert (len(data.train), len(data.val), len(data.test)) == (60, 12, 24)
     network, state = load_network(out / "allcnn_t_best.pth")
     assert (state["epoch"], network.config) == (best["epoch"], {"c1": 4, "c2": 6, "num_classes": 3})
@@ -129,7 +119,7 @@ def test_allcnn_writes_what_its_docstring_names_and_it_agrees(runs_dir, folder):
     assert loss_and_accuracy(last, data.test)[1] == pytest.approx(metrics["test_accuracy_of_the_last_weights"])
 
 
-def test_the_epoch_is_chosen_on_validation_images_and_its_weights_are_kept(folder, tmp_path, monkeypatch, no_figures):
+def test_the_epoch_is_chosen_on_validation_images_and_its_weights_are_kept(pictures, tmp_path, monkeypatch, no_figures):
     accuracies, seen = [0.2, 0.6, 0.6, 0.1, 0.5, 0.3, 0.25], []  # of the five epochs, and of the two tests
 
     def judged(model, split, amp):
@@ -137,7 +127,7 @@ def test_the_epoch_is_chosen_on_validation_images_and_its_weights_are_kept(folde
         return 1.0, accuracies[len(seen) - 1]
 
     monkeypatch.setattr(allcnn, "loss_and_accuracy", judged)
-    metrics = ran(allcnn, "--dataset", folder, "--out", tmp_path, *ALLCNN)
+    metrics = ran(allcnn, "--dataset", pictures, "--out", tmp_path, *ALLCNN)
     assert [n for n, _ in seen] == [12] * 5 + [24] * 2  # the test images once at the end, with last and best weights
     for at, epoch in ((5, 5), (6, 2)):
         assert all(torch.equal(value, seen[epoch - 1][1][name]) for name, value in seen[at][1].items())
@@ -152,8 +142,8 @@ def compared(folder, name):
 
 @pytest.mark.parametrize("saved", [False, True])
 @pytest.mark.parametrize("module", LAST)
-def test_a_killed_run_ends_with_the_same_weights(module, saved, runs_dir, folder, tmp_path, monkeypatch, no_figures):
-    name, save, flags = LAST[module], checkpoint.save, ["--dataset", folder, "--out", tmp_path, *SCRIPTS[module]]
+def test_a_killed_run_ends_with_the_same_weights(module, saved, runs_dir, pictures, tmp_path, monkeypatch, no_figures):
+    name, save, flags = LAST[module], checkpoint.save, ["--dataset", pictures, "--out", tmp_path, *SCRIPTS[module]]
 
     def killed(path, **state):
         stops = path.name == name and state["epochs"] == 2
@@ -174,9 +164,9 @@ def test_a_killed_run_ends_with_the_same_weights(module, saved, runs_dir, folder
 
 
 @pytest.mark.parametrize("module", LAST)
-def test_other_flags_and_widths_are_refused_on_resuming(module, runs_dir, folder, tmp_path, fails):
+def test_other_flags_and_widths_are_refused_on_resuming(module, runs_dir, pictures, tmp_path, fails):
     whole, part = runs_dir / module.__name__[10:], tmp_path / "part"
-    flags = ["--device", "cpu", "--dataset", folder, *SCRIPTS[module], "--resume"]
+    flags = ["--device", "cpu", "--dataset", pictures, *SCRIPTS[module], "--resume"]
     kept = {path.name: path.read_bytes() for path in whole.iterdir()}
     for flag, value in (("--lr", 0.3), ("--seed", 1), ("--c1", 5) if module is allcnn else ("--without", "muon")):
         assert f"the run was made with {flag} " in fails(module, [*flags, "--out", whole, flag, value])
@@ -187,12 +177,12 @@ def test_other_flags_and_widths_are_refused_on_resuming(module, runs_dir, folder
     assert said in fails(module, [*flags, "--out", part, *wider])
 
 
-def test_fast_cifar_writes_what_its_docstring_names_and_it_agrees(runs_dir, folder, tmp_path, no_figures):
+def test_fast_cifar_writes_what_its_docstring_names_and_it_agrees(runs_dir, pictures, tmp_path, no_figures):
     out = runs_dir / "fast_cifar"
     named = fast_cifar.__doc__.split("\nWrites ")[1].split(".\nWith")[0].split(", ")
     assert {path.name for path in out.iterdir() if path.name[0] != "."} == {*named, "config.json"}
     network, _ = load_network(out / "best.pth")
-    test = loaded(fast_cifar, folder).test
+    test = loaded(fast_cifar, pictures).test
     ways = averaged_logits(network, test.x, amp=True)
     metrics = read_json(out / "metrics.json")
     expected = {name: (way.argmax(1) == test.y).float().mean().item() for name, way in ways.items()}
@@ -200,13 +190,13 @@ def test_fast_cifar_writes_what_its_docstring_names_and_it_agrees(runs_dir, fold
     assert metrics["accuracy"] == metrics["accuracies"]["mirrored and shifted"]
     assert (metrics["judged_on"], metrics["train_images"]) == ("test", 72)
     assert metrics["train_loss"] == rows_of(out / "history.csv")[-1]["train_loss"]
-    flags = ["--dataset", folder, "--out", tmp_path, *FAST, "--val-size", 12, "--without", "tta", "muon", "--no-amp"]
+    flags = ["--dataset", pictures, "--out", tmp_path, *FAST, "--val-size", 12, "--without", "tta", "muon", "--no-amp"]
     metrics = ran(fast_cifar, *flags)
     assert metrics["accuracy"] == metrics["accuracies"]["plain"]
     assert (metrics["judged_on"], metrics["train_images"], metrics["without"]) == ("validation", 60, ["tta", "muon"])
 
 
-def test_the_ladder_adds_one_ingredient_a_rung_and_goes_on(folder, tmp_path, monkeypatch, no_figures):
+def test_the_ladder_adds_one_ingredient_a_rung_and_goes_on(pictures, tmp_path, monkeypatch, no_figures):
     recipes, training, accuracies = [], fast_cifar_ladder.FastTraining, fast_cifar_ladder.accuracies
 
     def watched(recipe, *given, **named):
@@ -218,7 +208,7 @@ def test_the_ladder_adds_one_ingredient_a_rung_and_goes_on(folder, tmp_path, mon
 
     monkeypatch.setattr(fast_cifar_ladder, "FastTraining", watched)
     monkeypatch.setattr(fast_cifar_ladder, "accuracies", apart)
-    flags = ["--dataset", folder, "--out", tmp_path, *LADDER, "--sgd-lrs", 1, 2]
+    flags = ["--dataset", pictures, "--out", tmp_path, *LADDER, "--sgd-lrs", 1, 2]
     rungs, names = ran(fast_cifar_ladder, *flags)["rungs"], [name for name in INGREDIENTS if name != "tta"]
     inside = [[name for name in names if recipe.has(name)] for recipe in recipes]
     assert inside == [[], *([names[:i] for i in range(len(names) + 1)] * 2)]  # once from each seed, and the other rate
@@ -268,21 +258,21 @@ def test_predictions_of_all_kinds_of_pictures(runs_dir, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("script", ["allcnn", "fast_cifar"])
-def test_without_pictures_the_first_test_images_are_judged(script, runs_dir, folder, tmp_path):
+def test_without_pictures_the_first_test_images_are_judged(script, runs_dir, pictures, tmp_path):
     path = runs_dir / script / {"allcnn": "allcnn_t_best.pth", "fast_cifar": "best.pth"}[script]
-    metrics = ran(predict, "--dataset", folder, "--runs-dir", runs_dir.parent, "--out", tmp_path, "--ckpt", path)
-    test, n = loaded(fast_cifar, folder).test, predict.SHOWN
+    metrics = ran(predict, "--dataset", pictures, "--runs-dir", runs_dir.parent, "--out", tmp_path, "--ckpt", path)
+    test, n = loaded(fast_cifar, pictures).test, predict.SHOWN
     accuracy = loss_and_accuracy(load_network(path)[0], Split(test.x[:n], test.y[:n]))[1]
     assert (metrics["pictures"], metrics["accuracy"]) == (n, pytest.approx(accuracy))
 
 
-def test_the_benchmark_measures_both_pipelines(folder, tmp_path, monkeypatch):
+def test_the_benchmark_measures_both_pipelines(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "product_speed", lambda device, dtype: 1e12)  # seconds on a small CPU
     clock = iter(range(100))
     ticks = {"perf_counter": staticmethod(lambda: float(next(clock)))}  # each measurement takes 1 s
     monkeypatch.setattr(benchmark, "time", type("Clock", (), ticks))
     flags = ["--c1", 4, "--c2", 6, "--batch-size", 8, "--batches", 2, "--repeats", 2, "--workers", 0]
-    metrics = ran(benchmark, "--dataset", folder, "--out", tmp_path, *flags)
+    metrics = ran(benchmark, "--dataset", pictures, "--out", tmp_path, *flags)
     for table, names in (("pipeline", 2), ("network", 4), ("end_to_end", 2)):
         assert len({row["name"] for row in metrics[table]}) == names
         assert all(row["all"] == [16, 16] and row["images_per_second"] == 16 for row in metrics[table])
@@ -308,12 +298,12 @@ def test_both_pipelines_give_augmented_images_with_their_labels():
 
 
 @pytest.mark.slow
-def test_torchrun_trains_in_two_processes(folder, tmp_path):
+def test_torchrun_trains_in_two_processes(pictures, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
         env["GLOO_SOCKET_IFNAME"] = "lo"  # the host name may lead nowhere
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    start += [ROOT / "cnn_cifar" / "allcnn.py", "--device", "cpu", "--dataset", folder, "--out", tmp_path, *ALLCNN]
+    start += [ROOT / "cnn_cifar" / "allcnn.py", "--device", "cpu", "--dataset", pictures, "--out", tmp_path, *ALLCNN]
     ended = subprocess.run([str(part) for part in start], env=env, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert [row["epoch"] for row in rows_of(tmp_path / "history.csv")] == [1, 2, 3, 4, 5]  # one process writes
@@ -322,9 +312,9 @@ def test_torchrun_trains_in_two_processes(folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="no C++ compiler")
-def test_a_compiled_network_learns_the_same(folder, tmp_path, no_figures):
+def test_a_compiled_network_learns_the_same(pictures, tmp_path, no_figures):
     for at, more in (("a", []), ("b", ["--compile"])):
-        ran(allcnn, "--dataset", folder, *ALLCNN, "--epochs", 1, "--out", tmp_path / at, *more)
+        ran(allcnn, "--dataset", pictures, *ALLCNN, "--epochs", 1, "--out", tmp_path / at, *more)
     losses = [rows_of(tmp_path / at / "history.csv")[0]["train_loss"] for at in "ab"]
     assert losses[1] == pytest.approx(losses[0], rel=0.1)  # dropout draws other numbers
     assert set(checkpoint.load(tmp_path / "b" / LAST[allcnn])["model"]) == set(allcnn_t(4, 6, 3).state_dict())
@@ -343,32 +333,32 @@ def test_a_compiled_network_learns_the_same(folder, tmp_path, no_figures):
         (fast_cifar_ladder, "--val-size 0", "--val-size 0"),
     ],
 )
-def test_a_wrong_flag_gets_one_line(module, flags, said, folder, tmp_path, fails):
+def test_a_wrong_flag_gets_one_line(module, flags, said, pictures, tmp_path, fails):
     out = tmp_path / "out"
-    given = ["--device", "cpu", "--dataset", folder, "--out", out, *SCRIPTS.get(module, []), *flags.split()]
+    given = ["--device", "cpu", "--dataset", pictures, "--out", out, *SCRIPTS.get(module, []), *flags.split()]
     assert said in fails(module, given, out)
 
 
 @pytest.mark.parametrize("module", [*SCRIPTS, benchmark, predict], ids=lambda module: module.__name__[10:])
 @pytest.mark.parametrize("case", ["empty", "one class", "cuda"])
-def test_data_or_a_device_that_is_not_there_gets_one_line(case, module, runs_dir, folder, tmp_path, fails):
+def test_data_or_a_device_that_is_not_there_gets_one_line(case, module, runs_dir, pictures, tmp_path, fails):
     out, data = tmp_path / "out", tmp_path / "data"
     flags = ["--runs-dir", runs_dir.parent] if module is predict else SCRIPTS.get(module, [])
     device, said = "cpu", f"--dataset {data}: needs train/<class>/*.png"
     (data / "train").mkdir(parents=True)
     if case == "one class":
-        said += " and test/<class>/*.png; train/ has 1 class folder(s)"
+        said += " and test/<class>/*.png; train/ has 1 class pictures(s)"
         for split in ("train", "test"):
             save_image(np.zeros((3, 32, 32), np.uint8), data / split / "cat" / "0.png")
     elif case == "cuda":
         if torch.cuda.is_available():
             pytest.skip("there is a GPU here")
-        device, data, said = "cuda", folder, "--device cuda: PyTorch finds no such device"
+        device, data, said = "cuda", pictures, "--device cuda: PyTorch finds no such device"
     assert said in fails(module, ["--device", device, "--dataset", data, "--out", out, *flags], out)
 
 
-def test_what_predict_cannot_read_gets_one_line(runs_dir, folder, tmp_path, fails):
-    out, picture = tmp_path / "out", next((folder / "test" / CLASSES[0]).glob("*.png"))
+def test_what_predict_cannot_read_gets_one_line(runs_dir, pictures, tmp_path, fails):
+    out, picture = tmp_path / "out", next((pictures / "test" / CLASSES[0]).glob("*.png"))
     ready, ckpt = ["--runs-dir", runs_dir.parent, "--out", out], tmp_path / "n.pth"
     text = tmp_path / "empty" / "notes.txt"
     text.parent.mkdir()
@@ -387,7 +377,7 @@ def test_what_predict_cannot_read_gets_one_line(runs_dir, folder, tmp_path, fail
 
 
 @pytest.mark.parametrize("module", LAST)
-def test_a_loss_that_is_not_finite_stops_the_run(module, folder, tmp_path, fails):
-    flags = ["--device", "cpu", "--dataset", folder, "--out", tmp_path, *SCRIPTS[module], "--lr", "1e38"]
+def test_a_loss_that_is_not_finite_stops_the_run(module, pictures, tmp_path, fails):
+    flags = ["--device", "cpu", "--dataset", pictures, "--out", tmp_path, *SCRIPTS[module], "--lr", "1e38"]
     assert "at step" in fails(module, flags)
     assert not list(tmp_path.glob("*.pth"))
