@@ -39,6 +39,7 @@ from cnn_cifar.attributions import (
     rank_correlation,
 )
 from cnn_cifar.checkpoints import find_checkpoint, load_network, load_test
+from cnn_cifar.fast_net import FastNet
 from cnn_cifar.inputs import logits_of, pixels
 from cnn_cifar.models import AllCNN
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
@@ -68,7 +69,9 @@ def build_parser():
 
 def cam_layer(model: nn.Module) -> nn.Module:
     """The deepest layer with maps of 7×7 or 8×8 positions, before the classes' own maps."""
-    return model.block8 if isinstance(model, AllCNN) else model.blocks[1]
+    if isinstance(model, AllCNN):
+        return model.block8
+    return model.blocks[1] if isinstance(model, FastNet) else model.resnet.layer3
 
 
 def over_batches(method: Maps, model: nn.Module, x: Tensor, k: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ A ResNet-18 learns the classes of `--dataset` from few labelled images, in three
 The pretrained weights are torchvision's of ImageNet (downloaded when they are not in `--data-dir`), those of
 `--weights FILE` (a state dict with torchvision's names), or, with `--source`, made here on another data set; they are
 left as source.pth, which `--weights` reads. All three ways get the same labelled images and the same number of updates,
-without augmentation, each at the best of `--lrs` for the first seed on validation images, which are labelled too and not
-counted among the few; test images are read once for each training. A frozen network is asked once for each image: its
-features are then all that the linear layer sees.
+without augmentation, each at the best of `--lrs` for the first seed on validation images, which are labelled too and
+not counted among the few; test images are read once for each training. A frozen network is asked once for each image:
+its features are then all that the linear layer sees.
 
 Grey images become three equal channels; all get `--resize` pixels and are normalised with ImageNet's statistics. At 32
 pixels the stem and the stages leave a single position, which is enough for digits.
@@ -41,10 +41,11 @@ from torch import Tensor, nn
 
 from cnn_cifar.inputs import Data, Split, add_data_flags, evaluating, load, pixels, resized, share
 from cnn_cifar.models import Normalize, get_param_groups
-from cnn_cifar.resnet import BasicBlock, ResNet
+from cnn_cifar.pretrained import backbone, imagenet_weights, read_weights
+from cnn_cifar.resnet import ResNet
 from shared_utils import checkpoint
 from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main, seed_number
-from shared_utils.data import minibatches, network_timeout, stratified_order
+from shared_utils.data import minibatches, stratified_order
 from shared_utils.device import autocast, pick_device
 from shared_utils.plotting import COLORS, image_grid, line_style, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
@@ -163,55 +164,7 @@ def main(argv=None) -> dict:
     )
 
 
-# --- where the pretrained weights come from -----------------------------------------------------------------------
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a file of tensors, or from a checkpoint's `model`. Errors: `UserError` when it is neither."""
-    if not Path(path).is_file():
-        raise UserError(f"no weights at {path}; --source fashion pretrains a network here, without a file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises anything from KeyError to UnpicklingError on a damaged file
-        raise UserError(f"{path} is damaged or no file of weights ({type(error).__name__})") from None
-    state = state.get("model", state) if isinstance(state, dict) else state
-    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
-    if not named or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no state dict: names and tensors")
-    return state
-
-
-def imagenet_weights(data_dir: str | Path) -> dict[str, Tensor]:
-    """torchvision's ResNet-18 of ImageNet. Errors: `UserError` when it is neither there nor to be downloaded."""
-    from torchvision.models import ResNet18_Weights
-
-    url, folder = ResNet18_Weights.IMAGENET1K_V1.url, Path(data_dir) / "weights"
-    try:
-        with network_timeout():
-            options = {"map_location": "cpu", "progress": False, "check_hash": True, "weights_only": True}
-            return torch.hub.load_state_dict_from_url(url, str(folder), **options)
-    except Exception as error:  # anything from URLError to a hash that is wrong
-        raise UserError(
-            f"{Path(url).name} is not in {folder} and could not be had from {url} ({error}); put it there, name a file "
-            "with --weights, or pretrain here: --source fashion --dataset mnist --resize 32"
-        ) from None
-
-
-def backbone(width: int, weights: dict[str, Tensor] | None, origin: str) -> ResNet:
-    """A ResNet-18 without its last layer: normalised images (B, 3, H, W) → features (B, 8 width).
-
-    weights: None for a random start. Errors: `UserError` when they are those of another network.
-    """
-    network = ResNet(BasicBlock, (2, 2, 2, 2), num_classes=1, cifar_stem=False, residual=True, width=width)
-    network.fc = nn.Identity()
-    if weights is None:
-        return network
-    try:
-        network.load_state_dict({name: value for name, value in weights.items() if not name.startswith("fc.")})
-    except RuntimeError as error:
-        first = str(error).splitlines()[1].strip()
-        raise UserError(f"{origin} is no ResNet-18 of {width} channels and up: {first}") from None
-    return network
+# --- pretraining --------------------------------------------------------------------------------------------------
 
 
 def load_source(args: argparse.Namespace, device: torch.device) -> Data:

@@ -285,7 +285,8 @@ def _load_folder(folder: Path, split: str, shape: tuple[int, int, int] | None) -
     for (path, _), image in zip(files, x, strict=True):
         if image.shape != x[0].shape:
             raise UserError(f"{path} is {image.shape}, {files[0][0]} is {x[0].shape} (channels, height, width)")
-    return Images(np.stack(x), np.array([label for _, label in files], dtype=np.int64), classes, folder.name)
+    images = Images(np.stack(x), np.array([label for _, label in files], dtype=np.int64), classes, folder.name)
+    return images[stratified_order(images.y, np.random.default_rng(0))]  # "the first hundred" are of all classes
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -211,6 +211,8 @@ def start_run(args: argparse.Namespace, *, writes: bool = True) -> Run:
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
     run = Run(args, folder, lock, writes)
+    if resumes:
+        run.rewind(len(run.history()))  # a row that was written by half would swallow the next one
     about = {"command": args.command, "commit": run._commit, "versions": versions()}
     about["machine"] = machine(str(getattr(args, "device", "cpu")))
     write_json(folder / "config.json", {**about, "flags": flags})

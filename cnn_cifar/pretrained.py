@@ -1,0 +1,62 @@
+"""A ResNet-18 that begins with weights from elsewhere: a file, or torchvision's of ImageNet.
+
+Shapes: B images, F features.
+"""
+
+import textwrap
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cnn_cifar.resnet import BasicBlock, ResNet
+from shared_utils.cli import UserError
+from shared_utils.data import network_timeout
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a file of tensors, or from a checkpoint's `model`. Errors: `UserError` when it is neither."""
+    if not Path(path).is_file():
+        raise UserError(f"no weights at {path}; --source fashion pretrains a network here, without a file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises anything from KeyError to UnpicklingError on a damaged file
+        raise UserError(f"{path} is damaged or no file of weights ({type(error).__name__})") from None
+    state = state.get("model", state) if isinstance(state, dict) else state
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state dict: names and tensors")
+    return state
+
+
+def imagenet_weights(data_dir: str | Path) -> dict[str, Tensor]:
+    """torchvision's ResNet-18 of ImageNet. Errors: `UserError` when it is neither there nor to be downloaded."""
+    from torchvision.models import ResNet18_Weights
+
+    url, folder = ResNet18_Weights.IMAGENET1K_V1.url, Path(data_dir) / "weights"
+    try:
+        with network_timeout():
+            options = {"map_location": "cpu", "progress": False, "check_hash": True, "weights_only": True}
+            return torch.hub.load_state_dict_from_url(url, str(folder), **options)
+    except Exception as error:  # anything from URLError to a hash that is wrong
+        raise UserError(
+            f"{Path(url).name} is not in {folder} and could not be had from {url} ({error}); put it there, name a file "
+            "with --weights, or pretrain here: --source fashion --dataset mnist --resize 32"
+        ) from None
+
+
+def backbone(width: int, weights: dict[str, Tensor] | None, origin: str) -> ResNet:
+    """A ResNet-18 without its last layer: normalised images (B, 3, H, W) → features (B, F), F = 8 width.
+
+    weights: None for a random start. Errors: `UserError` when they are those of another network.
+    """
+    network = ResNet(BasicBlock, (2, 2, 2, 2), num_classes=1, cifar_stem=False, residual=True, width=width)
+    network.fc = nn.Identity()
+    if weights is None:
+        return network
+    try:
+        network.load_state_dict({name: value for name, value in weights.items() if not name.startswith("fc.")})
+    except RuntimeError as error:
+        first = textwrap.shorten(str(error).splitlines()[1], 160, placeholder=" …")
+        raise UserError(f"{origin} is no ResNet-18 of {width} channels and up: {first}") from None
+    return network
