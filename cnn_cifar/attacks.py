@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from cnn_cifar.inputs import evaluating
 from shared_utils.cli import UserError
+from shared_utils.modes import evaluating
 
 
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -39,11 +39,12 @@ from cnn_cifar.augment import (
     random_rand_augment,
     random_rotation,
 )
-from cnn_cifar.inputs import Data, Split, add_data_flags, evaluating, load, pixels, resized, share
+from cnn_cifar.inputs import Data, Split, add_data_flags, load, pixels, resized, share
 from cnn_cifar.models import get_param_groups, pixel_resnet
 from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main, seed_number
 from shared_utils.data import minibatches
 from shared_utils.device import autocast, pick_device
+from shared_utils.modes import evaluating
 from shared_utils.plotting import COLORS, image_grid, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.schedules import one_cycle

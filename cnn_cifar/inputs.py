@@ -4,8 +4,6 @@ Shapes: N images, B batch, H W pixels, K classes.
 """
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from shared_utils.cli import UserError, non_negative_int, positive_int
 from shared_utils.data import load_images, subset, train_val_split
 from shared_utils.device import autocast
+from shared_utils.modes import evaluating
 
 SHAPE = (3, 32, 32)
 EVALUATED_TOGETHER = 500  # images
@@ -85,18 +84,6 @@ def resized(x: Tensor, side: int) -> Tensor:
         return x
     shrinks = side < max(x.shape[-2:])  # then a pixel is a mean over all that it stands for
     return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False, antialias=shrinks)
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode; afterwards each of its layers is in the mode it was in."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()

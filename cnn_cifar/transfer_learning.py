@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from matplotlib.ticker import LogFormatter, NullLocator
 from torch import Tensor, nn
 
-from cnn_cifar.inputs import Data, Split, add_data_flags, evaluating, load, pixels, resized, share
+from cnn_cifar.inputs import Data, Split, add_data_flags, load, pixels, resized, share
 from cnn_cifar.models import Normalize, get_param_groups
 from cnn_cifar.pretrained import backbone, imagenet_weights, read_weights
 from cnn_cifar.resnet import ResNet
@@ -47,6 +47,7 @@ from shared_utils import checkpoint
 from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main, seed_number
 from shared_utils.data import minibatches, stratified_order
 from shared_utils.device import autocast, pick_device
+from shared_utils.modes import evaluating
 from shared_utils.plotting import COLORS, image_grid, line_style, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.schedules import one_cycle
