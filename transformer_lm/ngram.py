@@ -4,8 +4,8 @@
 
 h are the k − 1 tokens before w, h' those without the first, N(h ·) how many different tokens follow h. c_k counts how
 often k tokens stand in the text where k is the order; below it, how many different tokens stand before them:
-"Francisco" is frequent, but follows one word. Where h never occurred, P_k = P_{k−1}; P_0 = 1 / V. With n_i the number of
-k-grams whose count is i, D_k = n_1 / (n_1 + 2 n_2), or ½ where none is 1: nothing is ever impossible.
+"Francisco" is frequent, but follows one word. Where h never occurred, P_k = P_{k−1}; P_0 = 1 / V. With n_i the number
+of k-grams whose count is i, D_k = n_1 / (n_1 + 2 n_2), or ½ where none is 1: nothing is ever impossible.
 
 Source: Kneser and Ney 1995; Chen and Goodman 1999, section 2.7 (interpolated) and 3 (D).
 Shapes: T tokens, V of the vocabulary, G different k-grams.
