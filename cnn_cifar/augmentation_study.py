@@ -1,7 +1,7 @@
 """Which changes of the training images make a network better on images it has not seen?
 
     python cnn_cifar/augmentation_study.py --epochs 5 --batch-size 64 --resize 224 --device cuda
-    python cnn_cifar/augmentation_study.py --resize 32 --width 16 --train-size 5000 --epochs 12
+    python cnn_cifar/augmentation_study.py --resize 32 --width 16 --train-size 5000 --epochs 8
     python cnn_cifar/augmentation_study.py --resize 32 --width 16 --train-size 1000 --epochs 40 --out runs/cnn_cifar/few
 
 A ResNet-18 learns from the images as they are, then with each augmentation of augment.py alone, with flip and crop, as

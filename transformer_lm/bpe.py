@@ -26,7 +26,7 @@ SMALLEST = 256 + len(SPECIAL)
 class BPE:
     """Text ↔ token ids. `trained` makes one, `read` reads tokenizer.json."""
 
-    kind = "bpe"
+    kind, pad, start = "bpe", 0, 2  # [PAD], and [CLS] before a text
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -77,11 +77,6 @@ class BPE:
     def vocab_size(self) -> int:
         """Tokens there are, the special ones among them."""
         return self._tokenizer.get_vocab_size()
-
-    @property
-    def pad(self) -> int:
-        """The id of padding."""
-        return 0
 
     def normalize(self, text: str) -> str:
         """What of a text its tokens keep."""

@@ -4,8 +4,8 @@
     ids = tokens.encode("Größe")                      # int64 (T,)
     tokens.decode(ids)                                # "Größe"
 
-All of them have `kind`, `vocab_size`, `pad`, `normalize`, `encode`, `decode`, `name`, `save`. Bytes lose nothing, so
-that bits per byte of the same text compare the three.
+All of them have `kind`, `vocab_size`, `pad`, `start` (what stands before a text), `normalize`, `encode`, `decode`,
+`name`, `save`. Bytes lose nothing, so that bits per byte of the same text compare the three.
 """
 
 import json
@@ -24,7 +24,7 @@ KINDS = ("bpe", "byte", "char")
 class Bytes:
     """A token is a byte of the text's UTF-8, and 0 is padding: byte b has the id b + 1."""
 
-    kind, vocab_size, pad = "byte", 257, 0
+    kind, vocab_size, pad, start = "byte", 257, 0, 0
 
     def normalize(self, text: str) -> str:
         """The text itself: nothing is lost."""
@@ -50,7 +50,7 @@ class Bytes:
 class Characters:
     """A token is a character of the training text: 0 is padding, 1 any other character."""
 
-    kind, pad, unknown = "char", 0, 1
+    kind, pad, start, unknown = "char", 0, 0, 1
 
     def __init__(self, alphabet: Sequence[str]):
         self.alphabet = sorted(alphabet)
