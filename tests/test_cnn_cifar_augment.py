@@ -280,8 +280,9 @@ def test_rand_augments_operations_are_torchvisions():
         for wanted in expected:
             assert any(torch.equal(y, wanted) for y in found)
     full = augment.rand_augment_operations(1.0, 32)
-    wanted = tv.affine(x, 0.0, [0, 0], 1.0, [shear, 0.0], center=[0, 0])
-    assert any(torch.equal(operation(x), wanted) for operation in full)
+    for sheared in ([shear, 0.0], [0.0, shear]):
+        wanted = tv.affine(x, 0.0, [0, 0], 1.0, sheared, center=[0, 0])
+        assert any(torch.equal(operation(x), wanted) for operation in full)
 
 
 def test_rand_augment_draws_for_each_image_alone():

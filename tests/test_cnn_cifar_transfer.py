@@ -67,6 +67,10 @@ def test_frozen_features_do_not_depend_on_the_other_images(pictures):
     assert all_of_them.test.x.shape == (len(data.test), 32)
 
 
+def both(*folders):
+    return [history(folder / "history.csv") for folder in folders]
+
+
 @pytest.mark.parametrize(("n", "size"), [(10, 4), (3, 8), (8, 4)])
 def test_batches_pass_over_all_images_again_and_again(n, size):
     found = list(transfer_learning.batches(n, size, 11, np.random.default_rng(0)))
@@ -115,6 +119,12 @@ def test_another_runs_pretraining_is_not_taken_for_this_ones(folder, pictures, t
     transfer_learning.main([*flags, "--resume"])
     first, second = (read_weights(path / "source.pth")["conv1.weight"] for path in (folder, tmp_path))
     assert not torch.equal(first, second)
+    losses = [
+        {(r["way"], r["labels"], r["seed"], r["lr"]): r["train_loss"] for r in found}
+        for found in both(folder, tmp_path)
+    ]
+    for key in set(losses[0]) & set(losses[1]):
+        assert (losses[0][key] == losses[1][key]) == (key[0] == "scratch")  # it alone knows nothing of the source
 
 
 def test_weights_that_cannot_be_used_get_one_line(pictures, tmp_path, fails, monkeypatch):

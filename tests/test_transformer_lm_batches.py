@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from transformer_lm.batches import IGNORED, Text, loss_of, losses_of_text
+from transformer_lm.batches import IGNORED, Text, losses_of_text, total_loss, windows
 from transformer_lm.corpus import Part
 from transformer_lm.model import TransformerLM
 
@@ -32,7 +32,7 @@ def test_paragraphs_are_cut_to_the_length_and_never_joined(text):
 def test_padded_batches_are_paragraphs(text, part):
     seen = set()
     for seed in range(30):
-        batch = text.padded(5, np.random.default_rng(seed))
+        batch = text.padded(text.drawn(5, np.random.default_rng(seed), pack=False))
         assert batch.tokens.shape == batch.targets.shape == batch.padding.shape
         assert (~batch.padding).any(0).all()  # no longer than the longest
         assert torch.equal(batch.padding, batch.targets == IGNORED)
@@ -52,7 +52,7 @@ def test_padded_batches_are_paragraphs(text, part):
 def test_packed_batches_are_windows_from_anywhere(text):
     seen = set()
     for seed in range(40):
-        batch = text.packed(6, np.random.default_rng(seed))
+        batch = text.packed(text.drawn(6, np.random.default_rng(seed), pack=True))
         assert batch.padding is None
         assert batch.tokens.shape == (6, LENGTH)
         assert batch.count == 6 * LENGTH
@@ -63,10 +63,13 @@ def test_packed_batches_are_windows_from_anywhere(text):
 
 
 @pytest.mark.parametrize("together", [1, 2, 99])
-def test_windows_ask_for_every_token_once(text, together):
-    batches = text.windows(together)
+@pytest.mark.parametrize("length", [1, 8, 41, 50])
+def test_windows_ask_for_every_token_once(part, length, together):
+    batches = list(windows(torch.from_numpy(part.ids), length, START, together))
     assert torch.cat([batch.targets.flatten() for batch in batches]).tolist() == list(range(1, 42))
     assert all(torch.equal(batch.tokens, batch.targets - 1) for batch in batches)
+    assert all(batch.tokens.shape[0] <= together for batch in batches)
+    assert all(batch.tokens.shape[1] == length for batch in batches[:-1])
 
 
 def small():
@@ -77,19 +80,20 @@ def small():
     return model
 
 
-def test_the_loss_is_a_mean_over_what_is_real(text):
+def test_the_loss_is_that_of_what_is_real(text):
     model = small().eval()
-    batch = text.padded(5, np.random.default_rng(3))
+    batch = text.padded(text.drawn(5, np.random.default_rng(3), pack=False))
     each = []
     for tokens, targets, padding in zip(batch.tokens, batch.targets, batch.padding, strict=True):
         logits = model(tokens[~padding][None])[0]
         each.append(F.cross_entropy(logits, targets[~padding], reduction="none"))
-    assert loss_of(model, batch).item() == pytest.approx(torch.cat(each).mean().item(), rel=1e-5)
+    assert total_loss(model, batch).item() == pytest.approx(torch.cat(each).sum().item(), rel=1e-5)
+    assert batch.count == len(torch.cat(each))
 
 
-def test_the_losses_of_a_text_are_those_of_its_windows(text):
+def test_the_losses_of_a_text_are_those_of_its_windows(part):
     model = small().train()
-    found = losses_of_text(model, text, together=2)
+    found = losses_of_text(model, torch.from_numpy(part.ids), START, together=2)
     assert model.training
     model.eval()
     for first in range(0, 41, LENGTH):

@@ -6,7 +6,7 @@ import pytest
 from shared_utils.cli import UserError
 from shared_utils.embedded import pydocs
 from transformer_lm import corpus as data
-from transformer_lm.corpus import PARTS, by_passage, by_tail, paragraphs, passages, prepare, windows
+from transformer_lm.corpus import PARTS, by_passage, by_tail, paragraphs, passages, prepare
 from transformer_lm.tokens import KINDS
 
 TEXT = pydocs()[:80_000]
@@ -82,15 +82,6 @@ def test_written_and_read_again(corpus, tmp_path):
         assert again.parts[name].books == part.books
         assert again.parts[name].counts == part.counts
     assert np.load(tmp_path / "train.npy").dtype == np.uint16
-
-
-@pytest.mark.parametrize("length", [1, 7, 64, 10_000])
-def test_windows_ask_for_each_token_once(length):
-    ids = np.arange(100, 300)
-    inputs, targets = zip(*windows(ids, length, start=3), strict=True)
-    assert np.array_equal(np.concatenate(targets), ids)
-    assert np.array_equal(np.concatenate(inputs), [3, *ids[:-1]])
-    assert all(len(each) == length for each in targets[:-1])
 
 
 def test_what_does_not_fit_gets_one_line(corpus, tmp_path):

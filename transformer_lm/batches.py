@@ -3,6 +3,7 @@
 Shapes: B sequences, T positions, N tokens of the text.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from shared_utils.device import autocast
 from shared_utils.modes import evaluating
 from transformer_lm.corpus import Part
+from transformer_lm.model import TransformerLM
 
 IGNORED = -100  # a target that carries no loss; PyTorch's own number
 
@@ -27,8 +29,8 @@ class Batch:
 
     @property
     def count(self) -> Tensor:
-        """How many targets carry loss: int64 ()."""
-        return (self.targets != IGNORED).sum()
+        """How many targets carry loss: float32 ()."""
+        return (self.targets != IGNORED).sum().float()
 
 
 class Text:
@@ -52,9 +54,13 @@ class Text:
         self.pieces = torch.tensor(pieces, device=device)  # (P, 2): a paragraph, or so much of a long one
         self.begins = torch.from_numpy(np.isin(self.pieces[:, 0].cpu().numpy(), begins)).to(device)
 
-    def padded(self, n: int, rng: np.random.Generator) -> Batch:
-        """n paragraphs, or parts of `length` tokens of long ones, padded to the longest of them."""
-        chosen = torch.from_numpy(rng.integers(len(self.pieces), size=n)).to(self.ids.device)
+    def drawn(self, n: int, rng: np.random.Generator, pack: bool) -> np.ndarray:
+        """The numbers of n pieces for `padded`, or the first tokens of n windows for `packed`: int64 (n,)."""
+        return rng.integers(len(self.ids) - self.length + 1 if pack else len(self.pieces), size=n)
+
+    def padded(self, chosen: np.ndarray) -> Batch:
+        """Paragraphs, or parts of `length` tokens of long ones, padded to the longest of them; chosen: (B,)."""
+        chosen = torch.from_numpy(chosen).to(self.ids.device)
         first, end = self.pieces[chosen].unbind(1)
         at = first[:, None] + torch.arange(int((end - first).max()), device=self.ids.device)  # (B, T)
         padding = at >= end[:, None]
@@ -63,40 +69,40 @@ class Text:
         tokens[:, 0] = torch.where(self.begins[chosen], self.start, tokens[:, 0])  # not the last of another paragraph
         return Batch(tokens.masked_fill(padding, 0), self.ids[at].masked_fill(padding, IGNORED), padding)
 
-    def packed(self, n: int, rng: np.random.Generator) -> Batch:
-        """n windows of `length` positions from anywhere in the text: every position carries loss."""
-        first = torch.from_numpy(rng.integers(len(self.ids) - self.length + 1, size=n)).to(self.ids.device)
+    def packed(self, first: np.ndarray) -> Batch:
+        """Windows of `length` positions, from these tokens on: every position carries loss; first: (B,)."""
+        first = torch.from_numpy(first).to(self.ids.device)
         at = first[:, None] + torch.arange(self.length, device=self.ids.device)  # (B, T)
         return Batch(self.before[at], self.ids[at])
 
-    def windows(self, n: int) -> list[Batch]:
-        """All of the text in windows that do not overlap, n at a time; each token is a target once."""
-        full = len(self.ids) // self.length * self.length
-        found = [
-            Batch(tokens, targets)
-            for tokens, targets in zip(
-                self.before[:full].view(-1, self.length).split(n),
-                self.ids[:full].view(-1, self.length).split(n),
-                strict=True,
-            )
-        ]
-        if full < len(self.ids):
-            found.append(Batch(self.before[None, full:], self.ids[None, full:]))
-        return found
 
-
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of the targets that carry loss, nats per token."""
+def total_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The sum of the cross-entropies of the targets that carry loss, nats."""
     logits = model(batch.tokens, batch.padding).float()  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED)
+    return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def windows(ids: Tensor, length: int, start: int, together: int) -> Iterator[Batch]:
+    """All of a text, ids (N,), in windows that do not overlap: each token is a target once, the last may be shorter.
+
+    start: what stands before the first token. together: windows of a batch.
+    """
+    before = torch.cat([ids.new_tensor([start]), ids[:-1]])
+    full = len(ids) // length * length
+    whole = (each[:full].view(-1, length).split(together) for each in (before, ids))
+    yield from (Batch(tokens, targets) for tokens, targets in zip(*whole, strict=True))
+    if full < len(ids):
+        yield Batch(before[None, full:], ids[None, full:])
 
 
 @torch.no_grad()
-def losses_of_text(model: nn.Module, text: Text, amp: bool = False, together: int = 32) -> Tensor:
-    """The loss of every token of a text, in windows that do not overlap: float32 (N,), nats."""
+def losses_of_text(
+    model: TransformerLM, ids: Tensor, start: int, amp: bool = False, length: int | None = None, together: int = 32
+) -> Tensor:
+    """The loss of every token of a text, ids (N,), in windows of the model's context, or of `length`: (N,), nats."""
     found = []
-    with evaluating(model), autocast(text.ids.device, amp):
-        for batch in text.windows(together):
+    with evaluating(model), autocast(ids.device, amp):
+        for batch in windows(ids, length or model.context, start, together):
             logits = model(batch.tokens).float().flatten(0, 1)
             found.append(F.cross_entropy(logits, batch.targets.flatten(), reduction="none"))
     return torch.cat(found)

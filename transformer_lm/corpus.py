@@ -11,7 +11,7 @@ Shapes: T tokens, P paragraphs.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,16 +127,6 @@ def prepare(
         ends = np.cumsum([len(each) for each in encoded], dtype=np.int64)
         parts[part] = Part(ids, ends, books, counts)
     return Corpus(parts, tokens, name)
-
-
-def windows(ids: np.ndarray, length: int, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Input and target of windows that do not overlap: each token of ids (T,) is a target once.
-
-    The first input is `start`, a token that says that the text begins; the last window may be shorter.
-    """
-    inputs = np.concatenate([[start], ids[:-1]])
-    for at in range(0, len(ids), length):
-        yield inputs[at : at + length], ids[at : at + length]
 
 
 def save(corpus: Corpus, folder: Path) -> None:
