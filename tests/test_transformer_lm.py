@@ -268,6 +268,9 @@ def test_top_k_and_top_p_keep_what_they_say():
     assert filtered(logits, top_p=1.0).isfinite().all()
     assert filtered(logits, top_k=99).isfinite().all()
     assert torch.equal(filtered(logits), logits)
+    even = torch.zeros(1, 4)  # a quarter each: two of them add up to a half
+    assert filtered(even, top_p=0.5).isfinite().sum() == 2
+    assert filtered(even, top_p=0.51).isfinite().sum() == 3
     both = filtered(logits, top_k=3, top_p=0.5).isfinite()  # of the three, which then are all there is: 0.47, 0.35, …
     assert both.sum(1).tolist() == [2, 1]
 
