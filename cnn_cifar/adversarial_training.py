@@ -216,15 +216,15 @@ def train(kind: str, state: dict | None, config: dict, data: Data, args: argpars
 
 
 def measure(network: nn.Module, test: Split, some: Split, args: argparse.Namespace) -> dict:
-    """The network's accuracies: on all test images as they are (`clean`), on some of them under attack.
+    """The network's accuracies: on all test images as they are and under FGSM, on some of them under the rest.
 
     strongest: those of `some` that neither PGD-20 nor any start of PGD-50 moves at `--eps`.
     """
     generator, eps = Generator().manual_seed(args.seed), args.eps / 255
     found = {
         "clean": share(survivors(network, test)),
+        "FGSM": share(survivors(network, test, lambda x, y: fgsm(network, x, y, eps))),
         "noise": share(survivors(network, some, lambda x, y: noise(x, eps, generator))),
-        "FGSM": share(survivors(network, some, lambda x, y: fgsm(network, x, y, eps))),
     }
     by_eps, standing = [], None
     for size in sorted({*EPSILONS, args.eps}):

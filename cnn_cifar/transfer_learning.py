@@ -69,9 +69,9 @@ def build_parser():
     parser.add_argument("--source", metavar="NAME", help="pretrain here, on this data set (names as of --dataset)")
     parser.add_argument("--source-epochs", type=positive_int, default=2, help="with --source: passes over its images")
     parser.add_argument("--source-size", type=positive_int, help="with --source: of its images, so many (default: all)")
-    parser.add_argument("--source-lr", type=positive_float, default=0.1, help="with --source: the highest rate there")
+    parser.add_argument("--source-lr", type=positive_float, default=0.02, help="with --source: the highest rate there")
     counts = "labelled images to learn from, of all classes together"
-    parser.add_argument("--labels", type=positive_int, nargs="+", default=[100, 500, 2500, 10000], help=counts)
+    parser.add_argument("--labels", type=positive_int, nargs="+", default=[100, 500, 2500], help=counts)
     parser.add_argument("--epochs", type=positive_int, default=5, help="passes over the labelled images")
     least = "updates when so few images would give fewer: they are then passed over more often"
     parser.add_argument("--least-updates", type=positive_int, default=250, help=least)
@@ -335,7 +335,7 @@ def draw(table: list[dict], about: str, conclusion: str):
 
 def draw_filters(filters: Tensor, origin: str):
     """The first layer's filters (C, 3, 7, 7), each scaled to its largest value."""
-    figure, axes = new_figure(width=6.4, height=3.6)
+    figure, axes = new_figure(width=6.4, height=2.6)
     filters = filters.float()
     largest = filters.flatten(1).abs().amax(1)[:, None, None, None]
     image_grid(axes[0, 0], (0.5 + filters / (2 * largest)).numpy(), min(16, len(filters)))
