@@ -374,3 +374,15 @@ def test_arrays_on_disk_without_pickle(tmp_path):
     for name in ("cut.npz", "text.npz", "pickled.npz", "absent.npz", "single.npz"):
         with pytest.raises(UserError, match=name):
             checkpoint.load_arrays(tmp_path / name)
+
+
+def test_a_row_written_by_half_does_not_swallow_the_next_one(tmp_path):
+    """A full disk or a power cut leaves the last line without its end."""
+    run = runs.start_run(example_args(tmp_path))
+    run.log(epoch=1, loss=0.5)
+    run._lock.close()
+    with run.path("history.csv").open("a", encoding="utf-8") as file:
+        file.write("2,0.")
+    run = runs.start_run(example_args(tmp_path, "--resume"))
+    run.log(epoch=2, loss=0.25)
+    assert [(row["epoch"], row["loss"]) for row in run.history()] == [("1", "0.5"), ("2", "0.25")]
