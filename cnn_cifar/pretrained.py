@@ -37,7 +37,7 @@ def imagenet_weights(data_dir: str | Path) -> dict[str, Tensor]:
 
     url, folder = ResNet18_Weights.IMAGENET1K_V1.url, Path(data_dir) / "weights"
     try:
-        with network_timeout(), contextlib.redirect_stderr(io.StringIO()):  # torch says what it is about to try
+        with network_timeout(), contextlib.redirect_stdout(io.StringIO()):  # torch says what it will try
             options = {"map_location": "cpu", "progress": False, "check_hash": True, "weights_only": True}
             return torch.hub.load_state_dict_from_url(url, str(folder), **options)
     except Exception as error:  # anything from URLError to a hash that is wrong
