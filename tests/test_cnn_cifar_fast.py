@@ -396,5 +396,5 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     path = tmp_path / "other.pth"
     for state in ({"config": {"network": "vae"}, "model": {}}, {"model": {}}, {"config": {"network": "fast_net"}}):
         checkpoint.save(path, **state)
-        with pytest.raises(UserError, match=r"other\.pth holds no network of cnn_cifar \(allcnn_t, fast_net\)"):
+        with pytest.raises(UserError, match=r"other\.pth holds no network of cnn_cifar \(allcnn_t, fast_net, resnet\)"):
             load_network(path)

@@ -347,7 +347,7 @@ def test_data_or_a_device_that_is_not_there_gets_one_line(case, module, runs_dir
     device, said = "cpu", f"--dataset {data}: needs train/<class>/*.png"
     (data / "train").mkdir(parents=True)
     if case == "one class":
-        said += " and test/<class>/*.png; train/ has 1 class pictures(s)"
+        said += " and test/<class>/*.png; train/ has 1 class folder(s)"
         for split in ("train", "test"):
             save_image(np.zeros((3, 32, 32), np.uint8), data / split / "cat" / "0.png")
     elif case == "cuda":
