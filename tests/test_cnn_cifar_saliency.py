@@ -20,7 +20,7 @@ from cnn_cifar.attributions import (
     rank_correlation,
 )
 from cnn_cifar.fast_net import FastNet
-from cnn_cifar.models import CIFAR10_MEAN, allcnn_t
+from cnn_cifar.models import CIFAR10_MEAN, allcnn_t, pixel_resnet
 from shared_utils import checkpoint
 from shared_utils.data import Images
 from shared_utils.embedded import shapes
@@ -243,3 +243,14 @@ def test_one_image_is_too_few(fails, tmp_path):
     checkpoint.save(tmp_path / "net.pth", model=network.state_dict(), **state)
     flags = ["--quick", "--ckpt", tmp_path / "net.pth", "--images", 1]
     assert "needs at least two images; --images is 1" in fails(saliency, flags, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("network", "side"), [(allcnn_t(4, 6), 8), (FastNet((4, 4, 6)), 7), (pixel_resnet(10, width=4), 8)]
+)
+def test_every_network_of_the_folder_has_a_layer_for_grad_cam(network, side):
+    sizes = []
+    saliency.cam_layer(network).register_forward_hook(lambda layer, given, maps: sizes.append(maps.shape[-2:]))
+    network.eval()(torch.rand(1, 3, 32, 32))
+    assert sizes == [(side, side)]
+    assert len(list(saliency.randomized(network))) >= 8
