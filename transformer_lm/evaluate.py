@@ -96,6 +96,7 @@ def main(argv=None) -> dict:
         {
             "name": corpus.name,
             "part": args.part,
+            "order": args.order,
             "tokens": len(part.ids),
             "bytes": part.total("bytes"),
             "ways": rows,
