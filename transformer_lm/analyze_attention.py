@@ -133,13 +133,13 @@ def draw_attention(maps: np.ndarray, heads: list[dict], names: list[str], name: 
 
 
 def draw_positions(model: TransformerLM):
-    """P, and the products of its rows."""
+    """The sines of P, and the products of its rows."""
     width = model.config["d_model"]
     p = sinusoidal_positions(model.context, width).numpy()  # (T, d)
-    figure, axes = new_figure(1, 2, width=9.6, height=4.0)
-    left = axes[0, 0].imshow(p, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
-    axes[0, 0].set(xlabel="dimension", ylabel="position", title="sines and cosines P")
-    right = axes[0, 1].imshow(p @ p.T / (width / 2), cmap="viridis", aspect="auto")
+    figure, axes = new_figure(1, 2, width=9.0, height=3.8)
+    left = axes[0, 0].imshow(p[:, ::2], cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    axes[0, 0].set(xlabel="pair of dimensions", ylabel="position", title="the sines of P")
+    right = axes[0, 1].imshow(np.round(p @ p.T / (width / 2), 2), cmap="viridis", aspect="auto")
     axes[0, 1].set(xlabel="position", ylabel="position", title="P Pᵀ, 1 for the same position")
     for ax, image in zip(axes[0], (left, right), strict=True):
         ax.grid(False)
