@@ -137,9 +137,11 @@ def draw_positions(model: TransformerLM):
     width = model.config["d_model"]
     p = sinusoidal_positions(model.context, width).numpy()  # (T, d)
     figure, axes = new_figure(1, 2, width=9.0, height=3.8)
-    left = axes[0, 0].imshow(p[:, ::2], cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    left = axes[0, 0].imshow(p[:, ::2], cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
     axes[0, 0].set(xlabel="pair of dimensions", ylabel="position", title="the sines of P")
-    right = axes[0, 1].imshow(np.round(p @ p.T / (width / 2), 2), cmap="viridis", aspect="auto")
+    right = axes[0, 1].imshow(
+        np.round(p @ p.T / (width / 2), 2), cmap="viridis", aspect="auto", interpolation="nearest"
+    )
     axes[0, 1].set(xlabel="position", ylabel="position", title="P Pᵀ, 1 for the same position")
     for ax, image in zip(axes[0], (left, right), strict=True):
         ax.grid(False)
