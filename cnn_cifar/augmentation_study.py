@@ -39,7 +39,7 @@ from cnn_cifar.augment import (
     random_rand_augment,
     random_rotation,
 )
-from cnn_cifar.inputs import Data, Split, add_data_flags, load, pixels, resized, share
+from cnn_cifar.inputs import Data, Split, add_data_flags, check_study, load, pixels, resized, share
 from cnn_cifar.models import get_param_groups, pixel_resnet
 from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main, seed_number
 from shared_utils.data import minibatches
@@ -67,7 +67,6 @@ ARMS = {  # what is done to each batch, in this order; Mixup comes last, on floa
     "all seven": [*SINGLE, "Mixup"],
 }
 MIXUP = 0.2  # both parameters of the Beta distribution
-SMALLEST = 32  # pixels: five halvings leave one
 
 
 def build_parser():
@@ -90,10 +89,7 @@ def build_parser():
 def main(argv=None) -> dict:
     """Train every arm from every seed; returns the metrics."""
     args = build_parser().parse_args(argv)
-    if args.resize < SMALLEST:
-        raise UserError(f"--resize {args.resize}: the network halves an image five times, give at least {SMALLEST}")
-    if len(set(args.seeds)) < max(2, len(args.seeds)):
-        raise UserError("--seeds: an interval needs at least two seeds, each given once")
+    check_study(args.resize, args.seeds)
     if not args.val_size:
         raise UserError("--val-size 0: the augmentations are compared on validation images, so there must be some")
     device = pick_device(args.device)

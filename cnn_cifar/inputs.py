@@ -18,6 +18,7 @@ from shared_utils.modes import evaluating
 
 SHAPE = (3, 32, 32)
 EVALUATED_TOGETHER = 500  # images
+SMALLEST = 32  # pixels: five halvings leave one
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,14 @@ def load(
 def pixels(x: Tensor) -> Tensor:
     """uint8 images as floats of [0, 1] in the channels-last layout: (B, 3, H, W) → (B, 3, H, W)."""
     return (x / 255).contiguous(memory_format=torch.channels_last)
+
+
+def check_study(side: int, seeds: list[int]) -> None:
+    """Refuse what a study of ResNets cannot be made of. Errors: `UserError` for a small side, or one seed alone."""
+    if side < SMALLEST:
+        raise UserError(f"--resize {side}: the network halves an image five times, give at least {SMALLEST}")
+    if len(set(seeds)) < max(2, len(seeds)):
+        raise UserError("--seeds: an interval needs at least two seeds, each given once")
 
 
 def resized(x: Tensor, side: int) -> Tensor:

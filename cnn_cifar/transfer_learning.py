@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from matplotlib.ticker import LogFormatter, NullLocator
 from torch import Tensor, nn
 
-from cnn_cifar.inputs import Data, Split, add_data_flags, load, pixels, resized, share
+from cnn_cifar.inputs import Data, Split, add_data_flags, check_study, load, pixels, resized, share
 from cnn_cifar.models import Normalize, get_param_groups
 from cnn_cifar.pretrained import backbone, imagenet_weights, read_weights
 from cnn_cifar.resnet import ResNet
@@ -56,7 +56,6 @@ from shared_utils.stats import half_width
 
 WAYS = ("scratch", "frozen", "fine-tuned")
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of [0, 1]; torchvision's weights want them
-SMALLEST = 32  # pixels: five halvings leave one
 
 
 def build_parser():
@@ -95,10 +94,7 @@ def main(argv=None) -> dict:
         raise UserError(f"--source {args.source}: pretraining on --dataset itself would use all of its labels")
     if min(args.batch_size, *args.labels) < 2:
         raise UserError("--batch-size and --labels: at least two images, BatchNorm learns from how they differ")
-    if args.resize < SMALLEST:
-        raise UserError(f"--resize {args.resize}: the network halves an image five times, give at least {SMALLEST}")
-    if len(set(args.seeds)) < max(2, len(args.seeds)):
-        raise UserError("--seeds: an interval needs at least two seeds, each given once")
+    check_study(args.resize, args.seeds)
     if not args.val_size:
         raise UserError("--val-size 0: the validation images choose the learning rate, so there must be some")
     device = pick_device(args.device)
