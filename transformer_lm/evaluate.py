@@ -170,7 +170,7 @@ def draw_positions(positions: np.ndarray, rows: list[dict], about: str):
     at = np.arange(1, len(positions) + 1)
     axes[0, 0].plot(at, positions, label="transformer")
     axes[0, 0].axhline(rows[2]["nats_per_token"], color=COLORS[1], linestyle="--", label=rows[2]["way"] + ", mean")
-    axes[0, 0].set(xlabel="position in the window (tokens seen, the start among them)", ylabel="nats per token")
+    axes[0, 0].set(xlabel="position in the window (tokens seen)", ylabel="nats per token")
     axes[0, 0].legend()
     tail = positions[len(positions) // 2 :].mean()
     figure.suptitle(f"{about}:\n{positions[0]:.2f} nats for the first token of a window, {tail:.2f} in its second half")
