@@ -272,7 +272,7 @@ def draw_by_steps(table: list[dict], args, n: int, about: str):
     ax.set_xticks([row["steps"] for row in table], [str(row["steps"]) for row in table])
     ax.minorticks_off()
     ax.set(xlabel="steps of PGD", ylabel=f"accuracy on {n:,} test images (%)")
-    ax.set_ylim(bottom=-1)
+    ax.set_ylim(-1, 1 + 110 * max(row[key] for row in table for key in ("one start", "several starts")))
     ax.legend()
     first, last = table[0], table[-1]
     figure.suptitle(
