@@ -15,9 +15,9 @@ from torch import Generator, Tensor, nn
 from cnn_cifar.augment import alternating_flip, crop, flip_coins, random_crop, random_flip
 from cnn_cifar.fast_net import FastNet, start_as_identity_, whiten_
 from cnn_cifar.inputs import Split, logits_of, pixels, share
-from cnn_cifar.muon import Muon
 from shared_utils.data import minibatches
 from shared_utils.device import autocast
+from shared_utils.muon import Muon
 
 INGREDIENTS = {
     "whitening": "a first layer that whitens 2×2 patches",

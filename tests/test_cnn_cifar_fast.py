@@ -8,20 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cnn_cifar import fast_cifar, fast_training, inputs, muon
+from cnn_cifar import fast_cifar, fast_training, inputs
 from cnn_cifar.checkpoints import load_network
 from cnn_cifar.fast_net import FastNet, start_as_identity_, whiten_
 from cnn_cifar.fast_training import INGREDIENTS, FastTraining, Recipe, accuracies, averaged_logits
 from cnn_cifar.inputs import Split, load, logits_of, loss_and_accuracy, pixels
 from cnn_cifar.models import CIFAR10_MEAN, CIFAR10_STD, allcnn_t
-from cnn_cifar.muon import Muon, orthogonalize
 from shared_utils import checkpoint
 from shared_utils.cli import UserError
 from shared_utils.data import Images
 from shared_utils.embedded import shapes
+from shared_utils.muon import Muon
 
 WIDTHS = (6, 8, 10)
-BFLOAT16 = 0.05  # of values near 1: some roundings to 8 bits
 
 
 def images(n, split="train"):
@@ -57,61 +56,6 @@ def random_network(seed=0, widths=WIDTHS):
 @pytest.fixture(scope="module")
 def train():
     return images(60)
-
-
-@pytest.mark.parametrize("steps", [1, 3, 5])
-@pytest.mark.parametrize(("m", "n"), [(12, 12), (8, 40), (40, 8)])
-def test_orthogonalize_keeps_the_vectors_and_changes_the_values_as_published(m, n, steps):
-    values, rng = np.geomspace(3.0, 0.2, min(m, n)), np.random.default_rng(0)
-    u, v = (np.linalg.qr(rng.standard_normal((side, len(values))))[0] for side in (m, n))
-    matrix, u, v = (torch.from_numpy(one).float() for one in (u * values @ v.T, u, v))
-    found = orthogonalize(matrix, steps)
-    assert (found.dtype, found.shape) == (matrix.dtype, matrix.shape)
-    expected = values / np.linalg.norm(values)
-    for _ in range(steps):
-        expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5  # Jordan et al. 2024
-    middle = u.T @ found @ v  # diagonal if the singular vectors are still the same
-    torch.testing.assert_close(middle, torch.from_numpy(np.diag(expected)).float(), rtol=0, atol=BFLOAT16)
-    if steps == 5:  # about U Vᵀ, all of whose singular values are 1
-        torch.testing.assert_close(middle, torch.eye(len(values)), rtol=0, atol=0.35)
-        torch.testing.assert_close(found, u @ v.T, rtol=0, atol=0.3)
-
-
-def test_orthogonalize_takes_each_matrix_of_a_batch_for_itself():
-    rng = np.random.default_rng(1)
-    batch = torch.from_numpy(rng.standard_normal((2, 3, 6, 4)) * np.array([1, 50, 0.01])[:, None, None]).float()
-    batch[0, 0], batch[1, 0] = 0, 1000 * batch[1, 1]
-    found = orthogonalize(batch)
-    for i, j in np.ndindex(2, 3):
-        torch.testing.assert_close(found[i, j], orthogonalize(batch[i, j]), rtol=0, atol=BFLOAT16)
-    torch.testing.assert_close(found[1, 0], found[1, 1], rtol=0, atol=BFLOAT16)  # it knows no scale
-    assert not found[0, 0].any()
-
-
-def exactly(matrix):
-    u, _, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
-    return (u @ vh).to(matrix.dtype)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_muon_follows_its_equation_and_goes_on_from_its_state(layout, monkeypatch):
-    monkeypatch.setattr(muon, "orthogonalize", exactly)
-    rng, momentum = np.random.default_rng(0), np.zeros((6, 36))
-    weight = nn.Parameter(torch.from_numpy(rng.standard_normal((6, 4, 3, 3))).float().to(memory_format=layout))
-    bystander, w = nn.Parameter(torch.ones(3, 3)), weight.detach().double().numpy().reshape(6, 36)
-    optimizer = Muon([weight, bystander], lr=0.3, momentum=0.8)
-    for step in range(5):
-        g = rng.standard_normal((6, 36))
-        weight.grad = torch.from_numpy(g.reshape(6, 4, 3, 3)).float()
-        optimizer.step()
-        momentum = 0.8 * momentum + g
-        u, _, vh = np.linalg.svd(g + 0.8 * momentum, full_matrices=False)
-        w = np.sqrt(6) * w / np.linalg.norm(w) - 0.3 * u @ vh
-        np.testing.assert_allclose(weight.detach().reshape(6, 36), w, rtol=0, atol=1e-5)
-        if step == 2:
-            state, optimizer = optimizer.state_dict(), Muon([weight, bystander], lr=9, momentum=0.1)
-            optimizer.load_state_dict(state)
-    assert torch.equal(bystander, torch.ones(3, 3))
 
 
 @pytest.mark.parametrize("eps", [1e-9, 0.3])

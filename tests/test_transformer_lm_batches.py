@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from transformer_lm.batches import IGNORED, Text, losses_of_text, total_loss, windows
+from transformer_lm.batches import IGNORED, Text, losses_of_text, sliding_losses, total_loss, windows
 from transformer_lm.corpus import Part
 from transformer_lm.model import TransformerLM
 
@@ -100,6 +100,29 @@ def test_the_losses_of_a_text_are_those_of_its_windows(part):
         targets = torch.arange(first + 1, min(first + LENGTH, 41) + 1)
         wanted = F.cross_entropy(model((targets - 1)[None])[0], targets, reduction="none")
         assert torch.allclose(found[first : first + LENGTH], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 3, LENGTH - 1, LENGTH])
+def test_sliding_windows_see_as_much_as_they_can_and_count_every_token_once(part, stride):
+    model, ids = small(), torch.from_numpy(part.ids)
+    found = sliding_losses(model.train(), ids, START, stride, together=3)
+    assert model.training
+    model.eval()
+    before = torch.cat([ids.new_tensor([START]), ids[:-1]])
+    for i in range(41):
+        # the first window ends at LENGTH, each further one `stride` later, the last with the text
+        end = LENGTH if i < LENGTH else min(41, LENGTH + -(-(i + 1 - LENGTH) // stride) * stride)
+        logits = model(before[None, end - LENGTH : end])[0, i - (end - LENGTH)]
+        assert found[i].item() == pytest.approx(F.cross_entropy(logits, ids[i]).item(), abs=1e-5)
+    if stride == LENGTH:
+        assert torch.allclose(found[:40], losses_of_text(model, ids, START)[:40], atol=1e-5)
+
+
+def test_a_text_within_one_window_slides_nowhere_and_a_leap_is_refused(part):
+    model, ids = small(), torch.from_numpy(part.ids)
+    assert torch.allclose(sliding_losses(model, ids[:5], START, 3), losses_of_text(model, ids[:5], START), atol=1e-6)
+    with pytest.raises(ValueError, match="cannot move on by 9"):
+        sliding_losses(model, ids, START, LENGTH + 1)
 
 
 def test_a_text_shorter_than_a_window_is_refused(part):

@@ -13,6 +13,7 @@ from shared_utils.embedded import pydocs
 from shared_utils.runs import read_json
 from transformer_lm import evaluate, prepare_data
 from transformer_lm.baselines import COMPRESSORS, compressed_bits_per_byte, longest_copy, share_known
+from transformer_lm.batches import sliding_losses
 from transformer_lm.corpus import load
 from transformer_lm.model import TransformerLM
 from transformer_lm.ngram import KneserNey
@@ -57,6 +58,10 @@ def test_bits_per_byte_are_the_sum_of_all_losses_over_all_bytes(runs_dir):
     assert row["perplexity"] == pytest.approx(math.exp(total / len(part.ids)), rel=1e-4)
     assert row["perplexity_per_word"] == pytest.approx(math.exp(total / len(text.split())), rel=0.02)  # at the cuts
     assert metrics["bits_per_byte"] == row["bits_per_byte"]
+    assert metrics["nats_per_token"] == row["nats_per_token"]
+    sliding = sliding_losses(model, torch.from_numpy(part.ids), corpus.tokens.start, metrics["stride"]).mean().item()
+    assert metrics["stride"] == 4
+    assert metrics["sliding_nats_per_token"] == pytest.approx(sliding, rel=1e-5)
     assert metrics["below_ngram"] == pytest.approx(1 - row["bits_per_byte"] / metrics["ways"][2]["bits_per_byte"])
 
 

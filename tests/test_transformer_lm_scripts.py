@@ -80,7 +80,9 @@ def test_training_lowers_the_loss_and_keeps_the_best(runs_dir):
     assert (folder / "train" / "samples.txt").stat().st_size > 0
 
 
-@pytest.mark.parametrize("flags", [[], ["--pack", "--schedule", "cosine", "--warmup", 3, "--modern", "--tied"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--pack", "--schedule", "cosine", "--warmup", 3, "--modern", "--tied", "--optimizer", "muon"]]
+)
 @pytest.mark.parametrize("stop_after", [1, 2])
 def test_a_stopped_training_ends_with_the_same_weights(flags, stop_after, runs_dir, tmp_path, monkeypatch):
     given = [*TRAIN, *flags, "--data", runs_dir / "transformer_lm" / "prepare_data"]
@@ -108,25 +110,32 @@ def test_a_stopped_training_ends_with_the_same_weights(flags, stop_after, runs_d
 
 
 def test_the_rate_rises_and_falls():
-    args = train.build_parser().parse_args(["--schedule", "cosine", "--warmup", "10", "--updates", "110", "--lr", "1"])
-    rates = [train.learning_rate(args, update) for update in range(110)]
+    args = train.build_parser().parse_args(["--schedule", "cosine", "--warmup", "10", "--updates", "110"])
+    rates = [train.share_of_rate(args, update) for update in range(110)]
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
     assert rates[10] == 1
-    assert rates[60] == pytest.approx(0.55)
-    assert rates[-1] == pytest.approx(0.1, abs=0.01)
+    assert rates[60] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 0.001
     args.schedule, args.warmup = "constant", 0
-    assert {train.learning_rate(args, update) for update in range(110)} == {1.0}
+    assert {train.share_of_rate(args, update) for update in range(110)} == {1.0}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_matrices_decay_and_nothing_else(tied):
+def test_matrices_decay_and_nothing_else_and_muon_has_those_of_the_blocks(tied, optimizer):
     model = train.TransformerLM(50, 16, 2, 8, 2, 24, 16, tied=tied)
-    decays, rest = train.groups(model, 0.3)
-    assert (decays["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
-    assert len(decays["params"]) == 2 * 6 + (not tied)
+    flags = ["--weight-decay", "0.3", "--optimizer", optimizer, "--lr", "0.002", "--muon-lr", "0.2"]
+    adamw, *others = train.make_optimizers(model, train.build_parser().parse_args(flags))
+    decays, rest = adamw.param_groups
+    assert (decays["weight_decay"], rest["weight_decay"], rest["peak"]) == (0.3, 0.0, 0.002)
+    assert len(decays["params"]) == (not tied) + (0 if others else 2 * 6)
     assert all(p.ndim == 2 for p in decays["params"])
     assert any(p is model.embedding.weight for p in rest["params"])
-    assert len(decays["params"]) + len(rest["params"]) == len(list(model.parameters()))
+    hidden = others[0].param_groups[0]["params"] if optimizer == "muon" else []
+    assert {id(p) for p in hidden} == ({id(p) for p in model.blocks.parameters() if p.ndim == 2} if hidden else set())
+    assert [type(each).__name__ for each in others] == (["Muon"] if optimizer == "muon" else [])
+    assert all(each.param_groups[0]["peak"] == 0.2 for each in others)
+    assert len(decays["params"]) + len(rest["params"]) + len(hidden) == len(list(model.parameters()))
 
 
 @pytest.mark.slow

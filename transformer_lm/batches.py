@@ -99,10 +99,37 @@ def windows(ids: Tensor, length: int, start: int, together: int) -> Iterator[Bat
 def losses_of_text(
     model: TransformerLM, ids: Tensor, start: int, amp: bool = False, length: int | None = None, together: int = 32
 ) -> Tensor:
-    """The loss of every token of a text, ids (N,), in windows of the model's context, or of `length`: (N,), nats."""
+    """The loss of every token of a text, ids (N,), in windows that do not overlap: (N,), nats.
+
+    length: of a window, the model's context unless told.
+    """
     found = []
     with evaluating(model), autocast(ids.device, amp):
         for batch in windows(ids, length or model.context, start, together):
             logits = model(batch.tokens).float().flatten(0, 1)
             found.append(F.cross_entropy(logits, batch.targets.flatten(), reduction="none"))
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def sliding_losses(
+    model: TransformerLM, ids: Tensor, start: int, stride: int, amp: bool = False, together: int = 32
+) -> Tensor:
+    """The loss of every token of a text, ids (N,), in windows that move on by `stride` tokens: (N,), nats.
+
+    Of each window only the tokens count that the one before has not seen, so that all but the first have at least
+    context − stride tokens to go by. Errors: `ValueError` when the windows would leave tokens out.
+    """
+    length, n = min(model.context, len(ids)), len(ids)
+    if not 1 <= stride <= model.context:
+        raise ValueError(f"windows of {model.context} tokens cannot move on by {stride}")
+    before = torch.cat([ids.new_tensor([start]), ids[:-1]])
+    ends = torch.tensor([*range(length, n, stride), n], device=ids.device)  # of the windows
+    at = ends[:, None] - length + torch.arange(length, device=ids.device)  # (windows, T)
+    new = at >= torch.cat([ends.new_zeros(1), ends[:-1]])[:, None]  # not in the window before
+    found = []
+    with evaluating(model), autocast(ids.device, amp):
+        for some, counts in zip(at.split(together), new.split(together), strict=True):
+            logits = model(before[some]).float()  # (B, T, V)
+            found.append(F.cross_entropy(logits[counts], ids[some][counts], reduction="none"))
     return torch.cat(found)

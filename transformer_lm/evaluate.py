@@ -10,8 +10,9 @@ does not:
 
 Beside it, fitted to the same training text: how frequent each token is (unigram), interpolated Kneser-Ney of `--order`
 tokens (ngram.py), and the compressors bz2 and xz: what the test text adds to the size of the training text. The model
-sees windows of its context that do not overlap; a token late in one has more to go by (loss_by_position.png). Texts are
-drawn from the model to see how many of its words are words, and how much it copies.
+sees windows of its context that do not overlap; a token late in one has more to go by (loss_by_position.png), which is
+why windows that move on by `--stride` tokens are measured too: a lower number of the same model. Texts are drawn from
+the model to see how many of its words are words, and how much it copies.
 
 Writes bits_per_byte.png, loss_by_position.png, generated.txt, metrics.json. Model: train.py; data: prepare_data.py.
 Sources: Kneser and Ney 1995; Chen and Goodman 1999.
@@ -31,7 +32,7 @@ from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import find_output, replacing, start_run
 from shared_utils.seeding import seed_everything
 from transformer_lm.baselines import COMPRESSORS, compressed_bits_per_byte, longest_copy, share_known
-from transformer_lm.batches import losses_of_text
+from transformer_lm.batches import losses_of_text, sliding_losses
 from transformer_lm.checkpoints import find_checkpoint, load_model
 from transformer_lm.corpus import Corpus, Part, load
 from transformer_lm.model import TransformerLM
@@ -44,6 +45,11 @@ def build_parser():
     parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train.py's best.pth)")
     parser.add_argument("--data", metavar="FOLDER", help="what it was trained on (default: prepare_data.py's)")
     parser.add_argument("--part", choices=("test", "val"), default="test", help="of the data")
+    parser.add_argument(
+        "--stride",
+        type=positive_int,
+        help="tokens that a sliding window moves on by (default: a quarter of it)",
+    )
     parser.add_argument("--order", type=positive_int, default=5, help="tokens of Kneser-Ney's longest n-gram")
     parser.add_argument("--texts", type=positive_int, default=20, help="drawn from the model")
     parser.add_argument("--text-tokens", type=positive_int, default=200, help="of each of them")
@@ -64,11 +70,15 @@ def main(argv=None) -> dict:
     train, part = corpus.parts["train"], corpus.parts[args.part]
     if not len(part.ids):
         raise UserError(f"{folder} has no {args.part} text; --part val measures the validation text")
+    stride = args.stride or max(1, model.context // 4)
+    if stride > model.context:
+        raise UserError(f"--stride {stride}: a window has {model.context} tokens, and is to leave none out")
     run = start_run(args)
     seed_everything(args.seed)
 
-    ways = {"transformer": losses_of_text(model, torch.from_numpy(part.ids).to(device), tokens.start, args.amp)}
-    ways["transformer"] = ways["transformer"].cpu().double().numpy()  # (N,)
+    ids = torch.from_numpy(part.ids).to(device)
+    ways = {"transformer": losses_of_text(model, ids, tokens.start, args.amp).cpu().double().numpy()}  # (N,)
+    sliding = sliding_losses(model, ids, tokens.start, stride, args.amp).double().mean().item()
     for name, order in (("unigram", 1), (f"Kneser-Ney, {args.order} tokens", args.order)):
         ways[name] = KneserNey(train.ids, tokens.vocab_size, order, tokens.start).losses(part.ids)
     rows = [row_of(name, losses, part) for name, losses in ways.items()]
@@ -101,6 +111,11 @@ def main(argv=None) -> dict:
             "bytes": part.total("bytes"),
             "ways": rows,
             "books": books,
+            "nats_per_token": rows[0]["nats_per_token"],
+            "context": model.context,
+            "stride": stride,
+            "sliding_nats_per_token": sliding,
+            "parameters": sum(p.numel() for p in model.parameters()),
             "bits_per_byte": bits["transformer"],
             "below_ngram": 1 - bits["transformer"] / bits[ngram],
             "below_xz": 1 - bits["transformer"] / bits["xz -9"],

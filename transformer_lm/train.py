@@ -2,20 +2,22 @@
 
     python transformer_lm/train.py
     python transformer_lm/train.py --pack --amp --schedule cosine --warmup 100
-    python transformer_lm/train.py --data runs/chars --pack --modern --amp --out runs/transformer_lm/train_chars
+    python transformer_lm/train.py --data runs/chars --pack --modern --optimizer muon --out runs/transformer_lm/chars
     torchrun --nproc_per_node 2 transformer_lm/train.py --pack --amp
 
 Each position is to say which token comes next (model.py); AdamW lowers the mean cross-entropy, its gradient cut to a
 norm of 1. An update learns from `--batch-size` paragraphs, padded to the longest of them, or with `--pack` from as many
 windows of the text, in which every position carries loss (batches.py). Weights decay; norms, biases and embeddings do
-not. `--schedule cosine` raises the rate over `--warmup` updates, then lowers it to a tenth along half a cosine.
+not. `--schedule cosine` raises the rate over `--warmup` updates, then lowers it to 0 along half a cosine.
+`--optimizer muon` takes orthogonal steps in the blocks' matrices, at `--muon-lr` (shared_utils/muon.py), and leaves
+the rest to AdamW.
 
 The loss of all validation tokens, in windows that do not overlap, is measured every `--eval-every` updates and chooses
 the weights that are kept. 1 nat per token is 1.44 bits; evaluate.py turns it into bits per byte.
 
 Writes best.pth, last.pth, loss_plot.png, samples.txt, history.csv, metrics.json.
 With --resume a run that was stopped goes on from last.pth and ends with the same weights. Data: prepare_data.py.
-Sources: Vaswani et al. 2017; Loshchilov and Hutter 2019 (AdamW).
+Sources: Vaswani et al. 2017; Loshchilov and Hutter 2019 (AdamW); Jordan et al. 2024 (Muon).
 Shapes: B sequences, T positions, V tokens.
 """
 
@@ -41,12 +43,15 @@ from shared_utils.cli import (
 )
 from shared_utils.device import autocast
 from shared_utils.distributed import process_group, shard, total, wrap
+from shared_utils.muon import Muon
 from shared_utils.plotting import curves, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, find_output, replacing, start_run
 from shared_utils.seeding import seed_everything
 from transformer_lm.batches import Text, losses_of_text, total_loss
 from transformer_lm.corpus import Corpus, load
 from transformer_lm.model import ATTENTION, TransformerLM
+
+SIZES = ("d_model", "n_heads", "head_dim", "n_layers", "d_ff", "context", "dropout", "attention", "tied", "modern")
 
 
 def build_parser():
@@ -63,12 +68,16 @@ def build_parser():
     parser.add_argument("--dropout", type=fraction, default=0.1, help="part of the values set to 0 in training")
     parser.add_argument("--tied", action="store_true", help="the output weights are the embedding")
     parser.add_argument("--modern", action="store_true", help="rotary positions, RMS norms, relu², no biases")
-    parser.add_argument("--attention", choices=ATTENTION, default="sdpa", help="written out, or PyTorch's fused kernel")
+    parser.add_argument(
+        "--attention", choices=ATTENTION, default="manual", help="written out, or PyTorch's fused kernel"
+    )
     parser.add_argument("--pack", action="store_true", help="windows of the text in place of padded paragraphs")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="paragraphs or windows of an update")
     parser.add_argument("--updates", type=positive_int, default=3000, help="of the weights")
-    parser.add_argument("--lr", type=positive_float, default=3e-4, help="the (highest) learning rate")
-    parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant", help="of the rate")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of the blocks' matrices")
+    parser.add_argument("--lr", type=positive_float, default=3e-4, help="AdamW's (highest) learning rate")
+    parser.add_argument("--muon-lr", type=positive_float, default=0.1, help="Muon's, in units of singular values")
+    parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant", help="of the rates")
     parser.add_argument("--warmup", type=non_negative_int, default=0, help="updates in which the rate rises from 0")
     parser.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="of weight matrices")
     parser.add_argument("--eval-every", type=positive_int, default=250, help="updates between two validations")
@@ -89,25 +98,36 @@ def main(argv=None) -> dict:
         return train(args, corpus, world)
 
 
-def learning_rate(args: argparse.Namespace, update: int) -> float:
-    """The rate of an update, from 0."""
+def share_of_rate(args: argparse.Namespace, update: int) -> float:
+    """How much of its highest rate an update, from 0, takes: 0 … 1."""
     if update < args.warmup:
-        return args.lr * (update + 1) / args.warmup
+        return (update + 1) / args.warmup
     if args.schedule == "constant":
-        return args.lr
+        return 1.0
     done = (update - args.warmup) / max(1, args.updates - args.warmup)  # 0 … 1
-    return args.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+    return (1 + math.cos(math.pi * done)) / 2
 
 
-def groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """The weight matrices of linear layers, which decay, and all the rest; tied weights are an embedding's."""
-    embedded = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    linear = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} - embedded
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if id(p) in linear], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in linear], "weight_decay": 0.0},
+def make_optimizers(model: TransformerLM, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon if it has the blocks' matrices. A group's "peak" is its highest rate.
+
+    AdamW's decay is of linear layers' weight matrices; tied weights are an embedding's, and do not decay.
+    """
+    linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    hidden = [p for p in model.blocks.parameters() if p.ndim == 2] if args.optimizer == "muon" else []
+    of_muon = {id(p) for p in hidden}
+    decays = {id(p) for p in linear} - {id(model.embedding.weight)}
+    rest = [p for p in model.parameters() if id(p) not in of_muon]
+    groups = [
+        {"params": [p for p in rest if (id(p) in decays) == decay], "weight_decay": args.weight_decay * decay}
+        for decay in (True, False)
     ]
+    adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    optimizers = [adamw, Muon(hidden, args.muon_lr, momentum=0.9)] if hidden else [adamw]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
 
 
 def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
@@ -123,12 +143,11 @@ def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
     val = torch.from_numpy(corpus.parts["val"].ids[: args.eval_tokens]).to(device)
     run = start_run(args, writes=world.is_main)
     seed_everything(args.seed)
-    sizes = ("d_model", "n_heads", "head_dim", "n_layers", "d_ff", "context", "dropout", "attention", "tied", "modern")
-    model = TransformerLM(tokens.vocab_size, **{name: getattr(args, name) for name in sizes}).to(device)
+    model = TransformerLM(tokens.vocab_size, **{name: getattr(args, name) for name in SIZES}).to(device)
     config = {**model.config, "tokens": tokens.kind}
     ddp = wrap(model, world)
     network = torch.compile(ddp) if args.compile else ddp  # what is trained; `model` holds its weights
-    optimizer = torch.optim.AdamW(groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.95), fused=True)
+    optimizers = make_optimizers(model, args)
     first, best, seconds, learned = 0, {"val_loss": math.inf}, 0.0, 0.0
 
     if args.resume and run.path("last.pth").exists():
@@ -136,7 +155,8 @@ def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
         if state["processes"] != world.size:
             raise UserError(f"--resume: the run had {state['processes']} process(es), now there are {world.size}")
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, of_one in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(of_one)
         first, best, seconds, learned = (state[name] for name in ("updates", "best", "seconds", "learned"))
     if args.resume:
         run.rewind(-(-first // args.eval_every))
@@ -148,27 +168,29 @@ def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
         torch.manual_seed(int(np.random.SeedSequence([args.seed, update, world.rank]).generate_state(1)[0]))
         chosen = shard(text.drawn(args.batch_size, rng, args.pack), world)
         batch = text.packed(chosen) if args.pack else text.padded(chosen)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(args, update)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = group["peak"] * share_of_rate(args, update)
         network.train()
         with autocast(device, args.amp):
             summed = total_loss(network, batch)
         count = total(batch.count, world)  # of all processes: their gradients' mean is then that of the whole batch
-        optimizer.zero_grad()
+        model.zero_grad()
         (summed * world.size / count).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         loss_sum += summed.detach()
         count_sum += count
         done = update + 1
         if done % args.eval_every and done < args.updates:
             continue
         train_loss = (total(loss_sum, world) / count_sum).item()
-        check_finite(train_loss, done, learning_rate(args, update))
+        lr = args.lr * share_of_rate(args, update)
+        check_finite(train_loss, done, lr, "--lr or --muon-lr" if args.optimizer == "muon" else "--lr")
         learned += count_sum.item()
         seconds += time.perf_counter() - started
         val_loss = losses_of_text(model, val, tokens.start, args.amp).mean().item()
-        row = {"update": done, "lr": learning_rate(args, update), "train_loss": train_loss, "val_loss": val_loss}
+        row = {"update": done, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
         run.log(**row, tokens=learned, seconds=round(seconds, 1))
         if world.is_main:
             about = {"config": config, "name": corpus.name}
@@ -176,8 +198,8 @@ def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
                 best = {"val_loss": val_loss, "update": done}
                 checkpoint.save(run.path("best.pth"), model=model.state_dict(), **about, **best)
                 corpus.tokens.save(run.path("tokenizer.json"))
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "updates": done, "best": best}
-            state |= {"seconds": seconds, "learned": learned, "processes": world.size}
+            state = {"model": model.state_dict(), "optimizers": [each.state_dict() for each in optimizers]}
+            state |= {"updates": done, "best": best, "seconds": seconds, "learned": learned, "processes": world.size}
             checkpoint.save(run.path("last.pth"), **about, **state)
             print(f"    {sample(model, corpus, args)!r}", flush=True)
         started, loss_sum, count_sum = time.perf_counter(), torch.zeros_like(loss_sum), torch.zeros_like(count_sum)
