@@ -24,6 +24,8 @@ def test_orthogonalize_keeps_the_vectors_and_changes_the_values_as_published(m, 
         expected = 3.4445 * expected - 4.7750 * expected**3 + 2.0315 * expected**5  # Jordan et al. 2024
     middle = u.T @ found @ v  # diagonal if the singular vectors are still the same
     torch.testing.assert_close(middle, torch.from_numpy(np.diag(expected)).float(), rtol=0, atol=BFLOAT16)
+    if steps == 3:
+        assert torch.equal(found, orthogonalize(matrix))  # the default
     if steps == 5:  # about U Vᵀ, all of whose singular values are 1
         torch.testing.assert_close(middle, torch.eye(len(values)), rtol=0, atol=0.35)
         torch.testing.assert_close(found, u @ v.T, rtol=0, atol=0.3)

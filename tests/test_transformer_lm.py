@@ -50,6 +50,11 @@ def test_rotary_products_depend_on_the_distance_alone():
         return (rotated(q, torch.tensor([[i]])) * rotated(k, torch.tensor([[j]]))).sum().item()
 
     assert product(9, 4) == pytest.approx(product(25, 20), abs=1e-6)
+    for i in range(4):  # pair i is turned by t / 10000^(i / 4)
+        turned = rotated(torch.eye(8)[i].view(1, 1, 1, 8), torch.tensor([[7]])).flatten()
+        angle = 7 / 10000 ** (i / 4)
+        assert turned[i].item() == pytest.approx(math.cos(angle), abs=1e-6)
+        assert turned[i + 4].item() == pytest.approx(math.sin(angle), abs=1e-6)
     assert product(9, 4) != pytest.approx(product(9, 3), abs=1e-3)
     assert rotated(q, torch.tensor([[17]])).norm().item() == pytest.approx(q.norm().item())
     assert torch.allclose(rotated(q, torch.tensor([[0]])), q)
@@ -233,6 +238,7 @@ def test_dropout_keeps_the_mean_and_drops_as_often_as_it_says(p, dtype):
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())  # the gradient goes where the value went
     assert torch.equal(lm.dropped(x, 0.0), x)
+    assert not lm.dropped(x, 1.0).any()
     torch.manual_seed(0)
     assert torch.equal(lm.dropped(x, p), y)
 
@@ -246,6 +252,7 @@ def test_the_cache_changes_no_logit(variant, parts):
     model, x, cache = small(dtype=torch.float64, **variant), tokens(), Cache()
     found = [model(part, cache=cache) for part in x.split(parts, dim=1)]
     assert len(cache) == 12
+    assert torch.allclose(model(x, last_only=True), model(x)[:, -1:], atol=1e-10)
     assert torch.allclose(torch.cat(found, 1), model(x), atol=1e-10)
 
 

@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     tokens = Characters("abcdefgh ")
     model = TransformerLM(tokens.vocab_size, 16, 3, 4, 2, 24, 16)
-    config = {**model.config, "tokens": "char"}
+    config = {**model.config, "tokens": "char", "data": "letters"}
     checkpoint.save(folder / "best.pth", config=config, model=model.state_dict(), name="letters")
     tokens.save(folder / "tokenizer.json")
     return folder

@@ -40,6 +40,27 @@ def test_with_eight_heads_pytorchs_layers_are_the_same_network():
     assert sizes[0] == sizes[1]
 
 
+def test_both_networks_drop_as_many_values(monkeypatch):
+    """A training pass of each, every way to drop counted."""
+    counts, tokens = [], torch.randint(50, (3, 16))
+    plain, own = torch.nn.functional.dropout, benchmark.TransformerLM.forward.__globals__["dropped"]
+
+    def counted(x, p=0.5, training=True, inplace=False):
+        counts[-1] += x.numel() if training and p else 0
+        return plain(x, p, training, inplace)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", counted)
+    monkeypatch.setitem(benchmark.TransformerLM.forward.__globals__, "dropped", lambda x, p: counted(x, p))
+    for model in (TransformerLM(50, n_heads=8, context=16), Peer(50, 16, n_heads=8)):
+        for layer in getattr(model, "layers", torch.nn.Module()).modules():
+            if isinstance(layer, torch.nn.MultiheadAttention):  # its fused kernel drops inside
+                layer.register_forward_pre_hook(lambda *_: counts.append(counts.pop() + 3 * 8 * 16 * 16))
+        counts.append(0)
+        model.train()(tokens)
+    assert counts[0] == counts[1] > 0
+    assert own is not None
+
+
 def test_the_two_ways_of_writing_are_timed_to_the_same_tokens():
     model = TransformerLM(50, 16, 2, 8, 1, 24, 12).eval()
     found = benchmark.time_writing(model, 1, 2, CPU)
@@ -67,6 +88,14 @@ def test_the_script_writes_what_it_says(tmp_path, fails):
     speeds = {row["what"]: row["tokens_per_second"] for row in metrics["training"]}
     assert metrics["against_peer"] == pytest.approx(speeds[benchmark.OURS] / speeds[benchmark.PEER])
     assert metrics["bfloat16_against_float32"] == pytest.approx(speeds[benchmark.AMP] / speeds[benchmark.OURS])
+    for ratio, one, other in (
+        ("same_network_against_peer", benchmark.SAME, benchmark.PEER_SAME),
+        ("without_dropout_against_peer", benchmark.BARE, benchmark.PEER_BARE),
+    ):
+        assert metrics[ratio] == pytest.approx(speeds[one] / speeds[other])
+    assert metrics["cache_against_none"] == pytest.approx(
+        metrics["token_without_cache_ms"] / metrics["token_with_cache_ms"]
+    )
     assert metrics["packed_against_padded"] == pytest.approx(speeds[benchmark.OURS] / speeds[benchmark.PADDED])
     assert 0 <= metrics["padding"] < 1
     assert read_json(tmp_path / "out" / "metrics.json")["context"] == 32

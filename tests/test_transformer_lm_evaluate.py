@@ -12,9 +12,9 @@ from shared_utils import checkpoint
 from shared_utils.embedded import pydocs
 from shared_utils.runs import read_json
 from transformer_lm import evaluate, prepare_data
-from transformer_lm.baselines import COMPRESSORS, compressed_bits_per_byte, longest_copy, share_known
+from transformer_lm.baselines import COMPRESSORS, compressed_bits_per_byte, longest_copy, share_known, words_of
 from transformer_lm.batches import sliding_losses
-from transformer_lm.corpus import load
+from transformer_lm.corpus import Part, load
 from transformer_lm.model import TransformerLM
 from transformer_lm.ngram import KneserNey
 
@@ -33,7 +33,7 @@ def runs_dir(tmp_path_factory):
     model, corpus = TransformerLM(300, 16, 2, 8, 1, 24, 16), load(data)
     folder = top / "transformer_lm" / "train"
     folder.mkdir()
-    config = {**model.config, "tokens": "bpe"}
+    config = {**model.config, "tokens": "bpe", "data": corpus.fingerprint}
     checkpoint.save(folder / "best.pth", config=config, model=model.state_dict(), name="texts")
     corpus.tokens.save(folder / "tokenizer.json")
     flags = ["--runs-dir", top, "--device", "cpu", "--texts", 2, "--text-tokens", 8, "--order", 3]
@@ -75,6 +75,16 @@ def test_the_baselines_know_the_training_text_alone(runs_dir):
     added = len(lzma.compress(known + text, preset=9)) - len(lzma.compress(known, preset=9))
     assert ways["xz -9"]["bits_per_byte"] == pytest.approx(8 * added / len(text))
     assert ways["unigram"]["bits_per_byte"] > ways["Kneser-Ney, 3 tokens"]["bits_per_byte"]
+    assert metrics["below_xz"] == pytest.approx(1 - metrics["bits_per_byte"] / ways["xz -9"]["bits_per_byte"])
+    ngram = ways["Kneser-Ney, 3 tokens"]["bits_per_byte"]
+    assert metrics["below_ngram"] == pytest.approx(1 - metrics["bits_per_byte"] / ngram)
+    words = [words_of(each.decode()) for each in (known, text)]
+    assert metrics["known_words_of_the_text"] == pytest.approx(np.mean([word in set(words[0]) for word in words[1]]))
+    drawn = (runs_dir / "evaluate" / "generated.txt").read_text(encoding="utf-8").split("\n\n---\n\n")
+    drawn = [words_of(each) for each in drawn]
+    assert metrics["generated_words"] == sum(map(len, drawn))
+    assert metrics["known_words"] == pytest.approx(share_known([w for each in drawn for w in each], words[0]))
+    assert metrics["longest_copy"] == max(len(longest_copy(each, words[0])) for each in drawn)
 
 
 def test_books_add_up_to_the_whole(runs_dir):
@@ -124,16 +134,43 @@ def test_copies_and_words_at_the_edges():
     assert longest_copy(["a", "b"], ["a", "b"]) == ["a", "b"]
     assert share_known(["a", "b", "a", "c"], ["a", "c"]) == 0.75
     assert share_known([], ["a"]) == 0
+    assert words_of("“Don’t,” said prince?—ANDREW; it's 1812. 'No' _yes_") == [
+        "don’t",
+        "said",
+        "prince",
+        "andrew",
+        "it's",
+        "1812",
+        "no",
+        "yes",
+    ]
+
+
+def test_a_text_without_spaces_has_no_perplexity_per_word():
+    part = Part(np.arange(9), np.array([9]), {"x": (0, 1)}, {"x": {"bytes": 9, "words": 1, "tokens": 9}})
+    row = evaluate.row_of("transformer", np.full(9, 100.0), part)
+    assert (row["nats_per_word"], row["perplexity_per_word"]) == (900.0, None)
+    part.counts["x"]["words"] = 0
+    assert evaluate.row_of("transformer", np.full(9, 1.0), part)["perplexity_per_word"] is None
 
 
 def test_mistakes_get_one_line(runs_dir, tmp_path, fails):
     flags = ["--runs-dir", runs_dir.parent, "--device", "cpu", "--out", tmp_path / "out"]
     data = tmp_path / "data"
     prepare_data.main(["--dataset", str(runs_dir.parent / "texts"), "--tokens", "byte", "--out", str(data)])
-    assert "was trained on other tokens" in fails(evaluate, [*flags, "--data", data], tmp_path / "out")
+    assert "was not trained on the training text" in fails(evaluate, [*flags, "--data", data], tmp_path / "out")
+    other = tmp_path / "other"
+    given = ["--dataset", str(runs_dir.parent / "texts"), "--vocab-size", "300", "--seed", "1", "--out", str(other)]
+    prepare_data.main(given)  # the test passages of another seed are among those that the model was trained on
+    assert "was not trained on the training text" in fails(evaluate, [*flags, "--data", other], tmp_path / "out")
+    assert "--stride 17" in fails(evaluate, [*flags, "--stride", 17], tmp_path / "out")
     tail = tmp_path / "tail"
     given = ["--dataset", str(runs_dir.parent / "texts"), "--vocab-size", "300", "--split", "tail"]
     prepare_data.main([*given, "--out", str(tail)])
+    state, corpus = checkpoint.load(runs_dir / "train" / "best.pth"), load(tail)
+    config = {**state["config"], "vocab_size": corpus.tokens.vocab_size, "data": corpus.fingerprint}
+    checkpoint.save(tail / "best.pth", config=config, model=state["model"], name="texts")
+    flags += ["--ckpt", tail / "best.pth"]
     assert "has no test text; --part val" in fails(evaluate, [*flags, "--data", tail], tmp_path / "out")
     none = ["--runs-dir", tmp_path / "none", "--device", "cpu"]
     assert "`python transformer_lm/train.py --runs-dir" in fails(evaluate, none)

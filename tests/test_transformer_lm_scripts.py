@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from shared_utils import checkpoint
 from shared_utils.embedded import pydocs
 from shared_utils.runs import ROOT, read_json
 from transformer_lm import generate, prepare_data, train
-from transformer_lm.batches import losses_of_text
+from transformer_lm.batches import losses_of_text, total_loss
 from transformer_lm.checkpoints import load_model
 from transformer_lm.corpus import load
 
@@ -212,6 +213,14 @@ def test_a_mistake_gets_one_line(runs_dir, texts, tmp_path, fails):
         (["--ckpt", tmp_path / "none.pth"], "no checkpoint at"),
     ):
         assert said in fails(generate, [*write, *flags], tmp_path / "w")
+    ran(generate, *write, "--prompt", "half a \udcff", "--max-new-tokens", 2)  # what a terminal makes of bytes
+    bad = tmp_path / "bad"
+    shutil.copytree(folder / "prepare_data", bad)
+    (bad / "meta.json").write_text('{"name": "x"}', encoding="utf-8")
+    assert "is not what prepare_data.py writes" in fails(train, [*TRAIN, "--data", bad, "--out", out])
+    shutil.copy(folder / "prepare_data" / "meta.json", bad / "meta.json")
+    np.save(bad / "train_ends.npy", np.array([3, 5]))
+    assert "does not fit" in fails(train, [*TRAIN, "--data", bad, "--out", out])
 
 
 def test_a_checkpoint_with_another_tokenizer_is_refused(runs_dir, tmp_path, fails):
@@ -223,6 +232,48 @@ def test_a_checkpoint_with_another_tokenizer_is_refused(runs_dir, tmp_path, fail
     assert "was trained with 300 bpe tokens; tokenizer.json beside it has 257 byte" in fails(generate, flags)
     checkpoint.save(tmp_path / "best.pth", config={"network": "vae"}, model={})
     assert "holds no language model" in fails(generate, flags)
+
+
+def test_a_run_goes_on_with_its_own_data_alone(runs_dir, texts, tmp_path, fails):
+    data, flags = tmp_path / "data", [*TRAIN, "--data", tmp_path / "data", "--out", tmp_path / "run"]
+    ran(prepare_data, "--dataset", texts, "--vocab-size", 300, "--out", data)
+    ran(train, *flags)
+    ran(prepare_data, "--dataset", texts, "--vocab-size", 300, "--out", data, "--seed", 1)
+    assert "has data = " in fails(train, [*flags, "--resume"])
+
+
+def test_steps_are_cut_to_a_norm_of_one(runs_dir, tmp_path, monkeypatch):
+    """An update's gradient is made large by a loss of a thousand times its size; Adam alone would not notice."""
+    norms, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def watched(parameters, largest):
+        parameters = list(parameters)
+        before = clip(parameters, largest)
+        norms.append((before.item(), torch.stack([p.grad.norm() for p in parameters]).norm().item()))
+        return before
+
+    monkeypatch.setattr(train, "total_loss", lambda *given: 1000 * total_loss(*given))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    ran(train, *TRAIN, "--data", runs_dir / "transformer_lm" / "prepare_data", "--out", tmp_path, "--updates", 2)
+    assert len(norms) == 2
+    assert all(before > 100 and after == pytest.approx(1, rel=1e-3) for before, after in norms)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same(runs_dir, tmp_path):
+    given = [*TRAIN, "--dropout", 0, "--data", runs_dir / "transformer_lm" / "prepare_data", "--updates", 4]
+    plain, compiled = (ran(train, *given, *more, "--out", tmp_path / str(len(more))) for more in ([], ["--compile"]))
+    assert compiled["val_loss"] == pytest.approx(plain["val_loss"], rel=1e-4)
+    assert compiled["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-4)
+
+
+def test_validation_may_be_a_part_of_the_text(runs_dir, tmp_path):
+    data = runs_dir / "transformer_lm" / "prepare_data"
+    metrics = ran(train, *TRAIN, "--data", data, "--out", tmp_path, "--eval-tokens", 50)
+    corpus = load(data)
+    text = corpus.tokens.decode(corpus.parts["val"].ids[:50])
+    bits = metrics["val_loss"] * 50 / math.log(2) / len(text.encode())
+    assert metrics["val_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
 def test_a_rate_too_high_stops_the_run(runs_dir, tmp_path, fails):

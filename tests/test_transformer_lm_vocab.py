@@ -10,11 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from shared_utils import checkpoint
 from shared_utils.embedded import pydocs
 from shared_utils.runs import read_json
-from transformer_lm import train, vocab_study
-from transformer_lm.batches import losses_of_text
+from transformer_lm import vocab_study
+from transformer_lm.batches import sliding_losses
 from transformer_lm.checkpoints import load_model
 from transformer_lm.corpus import load
 from transformer_lm.model import TransformerLM
+from transformer_lm.ngram import KneserNey
 
 CPU = torch.device("cpu")
 
@@ -27,8 +28,8 @@ def texts(tmp_path_factory):
 
 
 def flags_of(texts, out):
-    given = ["--dataset", texts, "--vocab-sizes", 400, 261, "--seeds", 0, 1, "--updates", 4, "--device", "cpu"]
-    return [str(flag) for flag in [*given, "--quick", "--out", out]]
+    given = ["--dataset", texts, "--vocab-sizes", 400, 261, "--seeds", 0, 1, "--lrs", 0.001, 0.01, "--updates", 4]
+    return [str(flag) for flag in [*given, "--device", "cpu", "--quick", "--out", out]]
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +60,42 @@ def test_every_size_gets_the_same_operations(studied):
         assert row["times_read"] == pytest.approx(row["learned_tokens"] / len(corpus.parts["train"].ids))
 
 
-def test_bits_per_byte_are_those_of_the_kept_weights_on_the_same_text(studied):
+def test_bits_per_byte_are_those_of_the_rate_that_is_best_on_validation(studied):
     out, metrics = studied
-    found = {size: [] for size in (261, 400)}
-    for size, bits in found.items():
-        corpus = load(out / f"data_{size}")
-        for seed in (0, 1):
-            model, tokens, _ = load_model(out / f"train_{size}_{seed}" / "best.pth", CPU)
-            losses = losses_of_text(model, torch.from_numpy(corpus.parts["test"].ids), tokens.start)
-            text = tokens.decode(corpus.parts["test"].ids)
-            bits.append(losses.sum().item() / math.log(2) / len(text.encode()))
     for row in metrics["sizes"]:
-        assert row["bits_per_byte"] == pytest.approx(sum(found[row["vocab_size"]]) / 2, rel=1e-5)
-    best = min(metrics["sizes"], key=lambda row: row["bits_per_byte"])
+        size, corpus, found = row["vocab_size"], load(out / f"data_{row['vocab_size']:.0f}"), {}
+        for lr in ("0.001", "0.01"):
+            for name in ("val", "test"):
+                bits = []
+                for seed in (0, 1):
+                    model, tokens, _ = load_model(out / f"train_{size:.0f}_{lr}_{seed}" / "best.pth", CPU)
+                    part = corpus.parts[name]
+                    losses = sliding_losses(model, torch.from_numpy(part.ids), tokens.start, model.context // 4)
+                    bits.append(losses.sum().item() / math.log(2) / len(tokens.decode(part.ids).encode()))
+                found[lr, name] = sum(bits) / 2
+        best = min(("0.001", "0.01"), key=lambda lr: found[lr, "val"])
+        assert row["lr"] == float(best)
+        assert row["test_bits_per_byte"] == pytest.approx(found[best, "test"], rel=1e-5)
+        assert row["val_bits_per_byte"] == pytest.approx(found[best, "val"], rel=1e-5)
+        train_ids, test = corpus.parts["train"].ids, corpus.parts["test"]
+        ngram = KneserNey(train_ids, int(size), 5, corpus.tokens.start).losses(test.ids).sum()
+        assert row["kneser_ney"] == pytest.approx(ngram / math.log(2) / test.total("bytes"))
+        assert 0 <= row["known_words"] <= 1
+    best = min(metrics["sizes"], key=lambda row: row["val_bits_per_byte"])
     assert metrics["best_vocab_size"] == best["vocab_size"]
-    last = metrics["sizes"][-1]["bits_per_byte"]
-    assert metrics["largest_above_best"] == pytest.approx(last / best["bits_per_byte"] - 1)
+    last = metrics["sizes"][-1]["test_bits_per_byte"]
+    assert metrics["largest_above_best"] == pytest.approx(last / best["test_bits_per_byte"] - 1)
+
+
+def test_the_best_is_chosen_on_validation():
+    def size(vocab, val, test):
+        row = {"vocab_size": vocab, "val_bits_per_byte": val, "test_bits_per_byte": test, "lr": 0.1, "known_words": 1}
+        return {**row, "times_read": 1}
+
+    found = vocab_study.findings([size(1, 3.0, 1.0), size(2, 2.0, 2.0), size(3, 2.5, 1.8)], [0.1, 0.2])
+    assert (found["best_vocab_size"], found["best_bits_per_byte"]) == (2, 2.0)
+    assert found["largest_above_best"] == pytest.approx(-0.1)
+    assert found["at_the_highest_rate"] == []
 
 
 @pytest.mark.parametrize("stop_after", [1, 5])
@@ -100,11 +121,29 @@ def test_a_stopped_study_ends_with_the_same_numbers(studied, texts, tmp_path, mo
     assert metrics == whole
 
 
+def test_a_study_of_another_text_takes_nothing_from_the_one_before(studied, texts, tmp_path, monkeypatch):
+    other = tmp_path / "texts"
+    other.mkdir()
+    (other / "one.txt").write_text(pydocs()[50_000:90_000], encoding="utf-8")
+    out = tmp_path / "out"
+    vocab_study.main(flags_of(other, out))
+    save = checkpoint.save
+
+    def stop(path, **state):
+        save(path, **state)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            vocab_study.main(flags_of(texts, out))
+    gc.collect()
+    assert vocab_study.main([*flags_of(texts, out), "--resume"])["sizes"][0]["kneser_ney"] == pytest.approx(
+        read_json(studied[0] / "metrics.json")["sizes"][0]["kneser_ney"]
+    )
+    assert (out / "train_400_0.01_1" / "metrics.json").stat().st_mtime > (out / "config.json").stat().st_mtime
+
+
 def test_a_vocabulary_below_the_bytes_gets_one_line(texts, tmp_path, fails):
     given = [*flags_of(texts, tmp_path / "out"), "--vocab-sizes", "100"]
     assert "--vocab-size 100" in fails(vocab_study, given)
-
-
-def test_the_default_sizes_are_trains():
-    args = train.build_parser().parse_args([])
-    assert vocab_study.tokens_per_update(False) == args.batch_size * args.context == 64 * 128

@@ -61,7 +61,8 @@ def main(argv=None) -> dict:
     ]
     names = ["[start]", *(tokens.name(i) for i in ids[1:])]
     save_figure(draw_attention(maps, heads, names, state["name"]), run.path("attention.png"))
-    save_figure(draw_positions(model), run.path("positions.png"))
+    if not model.modern:  # rotary positions are nowhere in the sum
+        save_figure(draw_positions(model), run.path("positions.png"))
     found = {word: neighbours(model, tokens, word, args.count) for word in args.neighbours if word not in unknown}
     with replacing(run.path("neighbours.txt")) as beside:
         lines = [f"{word!r}: " + ", ".join(f"{name} {cos:.2f}" for name, cos in near) for word, near in found.items()]
@@ -147,8 +148,7 @@ def draw_positions(model: TransformerLM):
         ax.grid(False)
         figure.colorbar(image, ax=ax)
     near = float(p[0] @ p[1] / (width / 2))
-    unused = "; this model uses rotary positions instead" if model.modern else ""
-    figure.suptitle(f"Positions are alike by how near they are: neighbours {near:.2f} of 1{unused}")
+    figure.suptitle(f"Positions are alike by how near they are: neighbours {near:.2f} of 1")
     return figure
 
 

@@ -1,10 +1,12 @@
-"""What a text costs without a network: compressors, and how much of a text is copied.
+"""What a text costs without a network: compressors; and how much of a text is words, how much is copied.
 
+bz2 looks back over its blocks of 900,000 bytes alone: it knows little of a long training text; xz over 64 MiB.
 Shapes: W words.
 """
 
 import bz2
 import lzma
+import re
 from collections.abc import Callable, Sequence
 
 COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
@@ -16,6 +18,11 @@ COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
 def compressed_bits_per_byte(known: bytes, text: bytes, compress: Callable[[bytes], bytes]) -> float:
     """What `text` adds to the compressed size of `known`, in bits for each of its bytes."""
     return 8 * (len(compress(known + text)) - len(compress(known))) / len(text)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text, without punctuation, in lower case; an apostrophe may stand inside."""
+    return re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower())
 
 
 def longest_copy(text: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -76,6 +76,11 @@ class Text:
         return Batch(self.before[at], self.ids[at])
 
 
+def _together(model: TransformerLM, length: int) -> int:
+    """How many windows to compute at once: 32, fewer where their logits would take more than 64 MB."""
+    return max(1, min(32, 2**24 // (length * model.config["vocab_size"])))
+
+
 def total_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The sum of the cross-entropies of the targets that carry loss, nats."""
     logits = model(batch.tokens, batch.padding).float()  # (B, T, V)
@@ -97,15 +102,20 @@ def windows(ids: Tensor, length: int, start: int, together: int) -> Iterator[Bat
 
 @torch.no_grad()
 def losses_of_text(
-    model: TransformerLM, ids: Tensor, start: int, amp: bool = False, length: int | None = None, together: int = 32
+    model: TransformerLM,
+    ids: Tensor,
+    start: int,
+    amp: bool = False,
+    length: int | None = None,
+    together: int | None = None,
 ) -> Tensor:
     """The loss of every token of a text, ids (N,), in windows that do not overlap: (N,), nats.
 
     length: of a window, the model's context unless told.
     """
-    found = []
+    found, length = [], length or model.context
     with evaluating(model), autocast(ids.device, amp):
-        for batch in windows(ids, length or model.context, start, together):
+        for batch in windows(ids, length, start, together or _together(model, length)):
             logits = model(batch.tokens).float().flatten(0, 1)
             found.append(F.cross_entropy(logits, batch.targets.flatten(), reduction="none"))
     return torch.cat(found)
@@ -113,7 +123,7 @@ def losses_of_text(
 
 @torch.no_grad()
 def sliding_losses(
-    model: TransformerLM, ids: Tensor, start: int, stride: int, amp: bool = False, together: int = 32
+    model: TransformerLM, ids: Tensor, start: int, stride: int, amp: bool = False, together: int | None = None
 ) -> Tensor:
     """The loss of every token of a text, ids (N,), in windows that move on by `stride` tokens: (N,), nats.
 
@@ -125,11 +135,12 @@ def sliding_losses(
         raise ValueError(f"windows of {model.context} tokens cannot move on by {stride}")
     before = torch.cat([ids.new_tensor([start]), ids[:-1]])
     ends = torch.tensor([*range(length, n, stride), n], device=ids.device)  # of the windows
-    at = ends[:, None] - length + torch.arange(length, device=ids.device)  # (windows, T)
-    new = at >= torch.cat([ends.new_zeros(1), ends[:-1]])[:, None]  # not in the window before
-    found = []
+    seen = torch.cat([ends.new_zeros(1), ends[:-1]])  # where the window before ended
+    found, together = [], together or _together(model, length)
     with evaluating(model), autocast(ids.device, amp):
-        for some, counts in zip(at.split(together), new.split(together), strict=True):
-            logits = model(before[some]).float()  # (B, T, V)
-            found.append(F.cross_entropy(logits[counts], ids[some][counts], reduction="none"))
+        for end, old in zip(ends.split(together), seen.split(together), strict=True):
+            at = end[:, None] - length + torch.arange(length, device=ids.device)  # (B, T)
+            new = at >= old[:, None]
+            logits = model(before[at]).float()  # (B, T, V)
+            found.append(F.cross_entropy(logits[new], ids[at][new], reduction="none"))
     return torch.cat(found)

@@ -38,6 +38,7 @@ from transformer_lm.model import Cache, TransformerLM, sinusoidal_positions
 
 OURS, PEER, SAME, PEER_SAME = "this model", "PyTorch's layers", "this model, 8 heads", "PyTorch's layers, 8 heads"
 BARE, PEER_BARE = "the same without dropout", "PyTorch's, without dropout"
+UPDATES = 3  # that are timed together
 AMP, PADDED = "this model, bfloat16", "this model, padded paragraphs"
 
 
@@ -63,6 +64,7 @@ class Peer(nn.Module):
         layer = nn.TransformerEncoderLayer(
             self.width, n_heads, ours["d_ff"], dropout, "gelu", batch_first=True, norm_first=True
         )
+        layer.dropout = nn.Identity()  # between the two linear layers, where the model has none
         norm = nn.LayerNorm(self.width)
         self.layers = nn.TransformerEncoder(layer, ours["n_layers"], norm, enable_nested_tensor=False)
         self.dropout = nn.Dropout(dropout)
@@ -88,8 +90,8 @@ def main(argv=None) -> dict:
     run = start_run(args)
     rng = seed_everything(args.seed)
     text = Text(part, args.context, tokens.start, device)
-    packed = text.packed(text.drawn(args.batch_size, rng, pack=True))
-    padded = [text.padded(text.drawn(args.batch_size, rng, pack=False)) for _ in range(4)]  # their lengths differ
+    packed = [text.packed(text.drawn(args.batch_size, rng, pack=True)) for _ in range(UPDATES)]
+    padded = [text.padded(text.drawn(args.batch_size, rng, pack=False)) for _ in range(UPDATES)]  # lengths differ
     training = time_training(tokens.vocab_size, packed, padded, args.repeats, device)
     model = TransformerLM(tokens.vocab_size, context=args.context).to(device).eval()
     writing = time_writing(model, tokens.start, args.repeats, device)
@@ -137,18 +139,18 @@ def update(model: nn.Module, batches: list[Batch], amp: bool, device: torch.devi
 
 
 def time_training(
-    vocab_size: int, packed: Batch, padded: list[Batch], repeats: int, device: torch.device
+    vocab_size: int, packed: list[Batch], padded: list[Batch], repeats: int, device: torch.device
 ) -> dict[str, float]:
     """Tokens that carry loss per second, of each way; the least seconds of `repeats`, after one to warm up."""
-    context = packed.tokens.shape[1]
+    context = packed[0].tokens.shape[1]
     ways = {
-        OURS: (TransformerLM(vocab_size, context=context), [packed], False),
-        PEER: (Peer(vocab_size, context, n_heads=2), [packed], False),
-        SAME: (TransformerLM(vocab_size, context=context, n_heads=8), [packed], False),
-        PEER_SAME: (Peer(vocab_size, context, n_heads=8), [packed], False),
-        BARE: (TransformerLM(vocab_size, context=context, n_heads=8, dropout=0.0), [packed], False),
-        PEER_BARE: (Peer(vocab_size, context, n_heads=8, dropout=0.0), [packed], False),
-        AMP: (TransformerLM(vocab_size, context=context), [packed], True),
+        OURS: (TransformerLM(vocab_size, context=context), packed, False),
+        PEER: (Peer(vocab_size, context, n_heads=2), packed, False),
+        SAME: (TransformerLM(vocab_size, context=context, n_heads=8), packed, False),
+        PEER_SAME: (Peer(vocab_size, context, n_heads=8), packed, False),
+        BARE: (TransformerLM(vocab_size, context=context, n_heads=8, dropout=0.0), packed, False),
+        PEER_BARE: (Peer(vocab_size, context, n_heads=8, dropout=0.0), packed, False),
+        AMP: (TransformerLM(vocab_size, context=context), packed, True),
         PADDED: (TransformerLM(vocab_size, context=context), padded, False),
     }
     calls = {what: update(model.to(device).train(), *how, device) for what, (model, *how) in ways.items()}
@@ -175,7 +177,8 @@ def time_writing(model: TransformerLM, start: int, repeats: int, device: torch.d
             tokens, cache = torch.full((1, 1), start, device=device), Cache()
             for at in range(model.context):
                 started = time.perf_counter()
-                logits = model(tokens[:, -1:], cache=cache) if way == "with" else model(tokens)
+                seen, kept = (tokens[:, -1:], cache) if way == "with" else (tokens, None)
+                logits = model(seen, cache=kept, last_only=True)
                 new = int(logits[0, -1].argmax())  # waits for a GPU
                 milliseconds[at] = min(milliseconds[at], 1e3 * (time.perf_counter() - started))
                 tokens = torch.cat([tokens, tokens.new_tensor([[new]])], dim=1)

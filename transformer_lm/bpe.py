@@ -84,6 +84,7 @@ class BPE:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids int64 (T,)."""
+        text = text.encode("utf-8", "replace").decode()  # half a character, from a terminal say, becomes "?"
         return np.array(self._tokenizer.encode(text).ids, dtype=np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:

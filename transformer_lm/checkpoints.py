@@ -27,6 +27,7 @@ def load_model(path: str | Path, device: torch.device) -> tuple[TransformerLM, T
     try:
         config = dict(state["config"])
         kind = config.pop("tokens")
+        del config["data"]
         model = TransformerLM(**config)
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, RuntimeError):  # a part is missing, or does not fit the others

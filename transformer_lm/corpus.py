@@ -10,6 +10,7 @@ training passages alone.
 Shapes: T tokens, P paragraphs.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +57,11 @@ class Corpus:
     parts: dict[str, Part]
     tokens: Tokens
     name: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the training text as it is cut into tokens: a model knows by it what it was trained on."""
+        return hashlib.sha256(self.parts["train"].ids.tobytes()).hexdigest()[:16]
 
 
 def paragraphs(text: str) -> list[str]:
@@ -145,10 +151,14 @@ def load(folder: Path) -> Corpus:
     meta, tokens, parts = read_json(folder / "meta.json"), load_tokens(folder / "tokenizer.json"), {}
     for name in PARTS:
         ids, ends = (_array(folder / path) for path in (f"{name}.npy", f"{name}_ends.npy"))
-        about = meta["parts"][name]
-        books = {title: tuple(span) for title, span in about["books"].items()}
-        parts[name] = Part(ids, ends, books, about["counts"])
-        if len(ids) != parts[name].total("tokens") or ids.max(initial=0) >= tokens.vocab_size:
+        try:
+            about = meta["parts"][name]
+            books = {title: tuple(span) for title, span in about["books"].items()}
+            parts[name] = Part(ids, ends, books, about["counts"])
+            fits = len(ids) == parts[name].total("tokens") == ends.max(initial=0)
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{folder / 'meta.json'} is not what prepare_data.py writes") from None
+        if not fits or ids.max(initial=0) >= tokens.vocab_size:
             raise UserError(f"{folder / name}.npy does not fit meta.json and tokenizer.json: prepare the data again")
     return Corpus(parts, tokens, meta["name"])
 

@@ -31,7 +31,7 @@ from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import find_output, replacing, start_run
 from shared_utils.seeding import seed_everything
-from transformer_lm.baselines import COMPRESSORS, compressed_bits_per_byte, longest_copy, share_known
+from transformer_lm.baselines import COMPRESSORS, compressed_bits_per_byte, longest_copy, share_known, words_of
 from transformer_lm.batches import losses_of_text, sliding_losses
 from transformer_lm.checkpoints import find_checkpoint, load_model
 from transformer_lm.corpus import Corpus, Part, load
@@ -62,11 +62,11 @@ def main(argv=None) -> dict:
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
     path = find_checkpoint(args)
-    model, tokens, _ = load_model(path, device)
+    model, tokens, state = load_model(path, device)
     folder = Path(args.data) if args.data else find_output(args, "prepare_data", "meta.json").parent
     corpus = load(folder)
-    if (tokens.kind, tokens.vocab_size) != (corpus.tokens.kind, corpus.tokens.vocab_size):
-        raise UserError(f"{path} was trained on other tokens than those of {folder}: name its data with --data")
+    if state["config"]["data"] != corpus.fingerprint:
+        raise UserError(f"{path} was not trained on the training text of {folder}: name its data with --data")
     train, part = corpus.parts["train"], corpus.parts[args.part]
     if not len(part.ids):
         raise UserError(f"{folder} has no {args.part} text; --part val measures the validation text")
@@ -79,7 +79,8 @@ def main(argv=None) -> dict:
     ids = torch.from_numpy(part.ids).to(device)
     ways = {"transformer": losses_of_text(model, ids, tokens.start, args.amp).cpu().double().numpy()}  # (N,)
     sliding = sliding_losses(model, ids, tokens.start, stride, args.amp).double().mean().item()
-    for name, order in (("unigram", 1), (f"Kneser-Ney, {args.order} tokens", args.order)):
+    ngram = f"Kneser-Ney, {args.order} tokens"
+    for name, order in (("unigram", 1), (ngram, args.order)):
         ways[name] = KneserNey(train.ids, tokens.vocab_size, order, tokens.start).losses(part.ids)
     rows = [row_of(name, losses, part) for name, losses in ways.items()]
     known, text = (tokens.decode(each.ids).encode("utf-8", "surrogateescape") for each in (train, part))
@@ -90,18 +91,16 @@ def main(argv=None) -> dict:
         for title, losses in by_book(ways["transformer"], part).items()
     ]
     drawn = draw_texts(model, corpus, args)
-    words = [text.split() for text in drawn]
-    training_words = tokens.decode(train.ids).split()
-    copies = [longest_copy(text, training_words) for text in words]
-    copy = max(copies, key=len)
+    words = [words_of(each) for each in drawn]
+    training_words = words_of(tokens.decode(train.ids))
+    copy = max((longest_copy(each, training_words) for each in words), key=len)
     with replacing(run.path("generated.txt")) as beside:
         beside.write_text("\n\n---\n\n".join(drawn) + "\n", encoding="utf-8")
     bits = {row["way"]: row["bits_per_byte"] for row in rows}
-    ngram = rows[2]["way"]
     about = f"{corpus.name}, {args.part} text of {part.total('bytes'):,} bytes"
     save_figure(draw_bits(rows, about), run.path("bits_per_byte.png"))
     positions = by_position(ways["transformer"], model.context)
-    save_figure(draw_positions(positions, rows, about), run.path("loss_by_position.png"))
+    save_figure(draw_positions(positions, ngram, ways[ngram].mean(), about), run.path("loss_by_position.png"))
     return run.finish(
         {
             "name": corpus.name,
@@ -120,7 +119,8 @@ def main(argv=None) -> dict:
             "below_ngram": 1 - bits["transformer"] / bits[ngram],
             "below_xz": 1 - bits["transformer"] / bits["xz -9"],
             "generated_words": sum(map(len, words)),
-            "known_words": share_known([word for text in words for word in text], training_words),
+            "known_words": share_known([word for each in words for word in each], training_words),
+            "known_words_of_the_text": share_known(words_of(tokens.decode(part.ids)), training_words),
             "longest_copy": len(copy),
             "copied": " ".join(copy),
         }
@@ -135,7 +135,8 @@ def row_of(name: str, losses: np.ndarray, part: Part, book: str | None = None) -
         "way": name,
         "nats_per_token": nats / len(losses),
         "perplexity": math.exp(nats / len(losses)),
-        "perplexity_per_word": math.exp(nats / words),
+        "nats_per_word": nats / max(1, words),
+        "perplexity_per_word": math.exp(nats / words) if nats < 700 * words else None,  # a text may have no spaces
         "bits_per_byte": nats / math.log(2) / n_bytes,
     }
 
@@ -179,12 +180,12 @@ def draw_bits(rows: list[dict], about: str):
     return figure
 
 
-def draw_positions(positions: np.ndarray, rows: list[dict], about: str):
-    """The loss at each position of a window, and Kneser-Ney's mean beside it."""
+def draw_positions(positions: np.ndarray, ngram: str, mean: float, about: str):
+    """The loss at each position of a window, and the n-gram's mean beside it."""
     figure, axes = new_figure(width=7.2, height=4.2)
     at = np.arange(1, len(positions) + 1)
     axes[0, 0].plot(at, positions, label="transformer")
-    axes[0, 0].axhline(rows[2]["nats_per_token"], color=COLORS[1], linestyle="--", label=rows[2]["way"] + ", mean")
+    axes[0, 0].axhline(mean, color=COLORS[1], linestyle="--", label=f"{ngram}, mean")
     axes[0, 0].set(xlabel="position in the window (tokens seen)", ylabel="nats per token")
     axes[0, 0].legend()
     tail = positions[len(positions) // 2 :].mean()

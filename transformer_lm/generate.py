@@ -6,7 +6,7 @@
 
 Each new token is drawn from what the model expects, softmax(logits / temperature): at 1 as it was trained, below 1 the
 likelier ones more often, at 0 always the likeliest. `--top-k` draws from the k likeliest alone, `--top-p` from the
-fewest whose probabilities add up to p. A prompt longer than the model's context is seen from its end.
+fewest of these whose probabilities add up to p. A prompt longer than the model's context is seen from its end.
 
 Writes generated.txt, metrics.json (`--interactive` answers on the terminal instead).
 Sources: Fan et al. 2018 (top k); Holtzman et al. 2020 (top p).
@@ -37,8 +37,10 @@ def build_parser():
     parser.add_argument("--n", type=positive_int, default=1, help="texts for each prompt")
     parser.add_argument("--max-new-tokens", type=positive_int, default=120, help="of each text")
     parser.add_argument("--temperature", type=non_negative_float, default=0.9, help="0: the likeliest token always")
-    parser.add_argument("--top-k", type=positive_int, default=40, help="draw from the k likeliest")
-    parser.add_argument("--top-p", type=positive_float, help="draw from the likeliest that add up to p (default: all)")
+    parser.add_argument(
+        "--top-k", type=positive_int, default=40, help="draw from the k likeliest (as many as there are tokens: all)"
+    )
+    parser.add_argument("--top-p", type=positive_float, help="of these, from those that add up to p (default: all)")
     parser.add_argument("--no-cache", action="store_true", help="compute all positions anew for each token")
     parser.add_argument("--interactive", action="store_true", help="ask for prompts on the terminal; an empty one ends")
     return parser

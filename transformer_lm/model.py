@@ -124,7 +124,7 @@ def dropped(x: Tensor, p: float) -> Tensor:
     PyTorch draws a number for every value, and on a CPU one after the other: a quarter of a training's time. Here a
     number of 64 bits decides for four values.
     """
-    if not p or x.device.type != "cpu":
+    if p in (0, 1) or x.device.type != "cpu":
         return F.dropout(x, p)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     kept = bits[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
@@ -207,8 +207,14 @@ class TransformerLM(nn.Module):
             for projection in (block.attention.W_o, block.W_2):
                 projection.weight /= math.sqrt(2 * n_layers)
 
-    def forward(self, tokens: Tensor, key_padding_mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Logits (B, T, V) of tokens int64 (B, T).
+    def forward(
+        self,
+        tokens: Tensor,
+        key_padding_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits (B, T, V) of tokens int64 (B, T); with last_only those of the last position alone, (B, 1, V).
 
         key_padding_mask: bool (B, T), True at padding, on either side; padding is never looked at, and positions are
         counted without it. cache: holds the positions before these, and then these too; it goes without padding.
@@ -217,7 +223,7 @@ class TransformerLM(nn.Module):
         x, allowed, position = self._embedded(tokens, key_padding_mask, cache)
         for layer, block in enumerate(self.blocks):
             x = block(x, allowed, position, cache, layer)
-        return self.output(self.norm(x))  # (B, T, V)
+        return self.output(self.norm(x[:, -1:] if last_only else x))  # (B, T, V)
 
     def _embedded(self, tokens: Tensor, padding: Tensor | None, cache: Cache | None):
         """x⁰ (B, T, d), where each position may look, and which position each is (B or 1, T)."""
@@ -276,9 +282,9 @@ class TransformerLM(nn.Module):
             cache = Cache() if use_cache else None
             for _ in range(max_new_tokens):
                 if cache is not None and tokens.shape[1] <= self.context:
-                    logits = self(tokens[:, len(cache) :], cache=cache)[:, -1]  # (B, V)
+                    logits = self(tokens[:, len(cache) :], cache=cache, last_only=True)[:, 0]  # (B, V)
                 else:
-                    logits = self(tokens[:, -self.context :])[:, -1]
+                    logits = self(tokens[:, -self.context :], last_only=True)[:, 0]
                 if temperature == 0:
                     new = logits.argmax(1, keepdim=True)  # (B, 1)
                 else:

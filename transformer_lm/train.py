@@ -8,9 +8,10 @@
 Each position is to say which token comes next (model.py); AdamW lowers the mean cross-entropy, its gradient cut to a
 norm of 1. An update learns from `--batch-size` paragraphs, padded to the longest of them, or with `--pack` from as many
 windows of the text, in which every position carries loss (batches.py). Weights decay; norms, biases and embeddings do
-not. `--schedule cosine` raises the rate over `--warmup` updates, then lowers it to 0 along half a cosine.
-`--optimizer muon` takes orthogonal steps in the blocks' matrices, at `--muon-lr` (shared_utils/muon.py), and leaves
-the rest to AdamW.
+not. Paragraphs are never joined, while the validation's windows go on from one to the next, as packed training does.
+`--schedule cosine` raises the rate over `--warmup` updates, then lowers it to 0 along half a cosine.
+`--optimizer muon` takes orthogonal steps in the blocks' matrices, at `--muon-lr`, holds their norms (which replaces how
+large they began, and their decay; shared_utils/muon.py), and leaves the rest to AdamW.
 
 The loss of all validation tokens, in windows that do not overlap, is measured every `--eval-every` updates and chooses
 the weights that are kept. 1 nat per token is 1.44 bits; evaluate.py turns it into bits per byte.
@@ -79,7 +80,7 @@ def build_parser():
     parser.add_argument("--muon-lr", type=positive_float, default=0.1, help="Muon's, in units of singular values")
     parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant", help="of the rates")
     parser.add_argument("--warmup", type=non_negative_int, default=0, help="updates in which the rate rises from 0")
-    parser.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="of weight matrices")
+    parser.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="of AdamW's weight matrices")
     parser.add_argument("--eval-every", type=positive_int, default=250, help="updates between two validations")
     parser.add_argument("--eval-tokens", type=positive_int, help="validation tokens (default: all)")
     parser.add_argument("--sample-tokens", type=positive_int, default=60, help="of the text drawn at each validation")
@@ -144,7 +145,7 @@ def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
     run = start_run(args, writes=world.is_main)
     seed_everything(args.seed)
     model = TransformerLM(tokens.vocab_size, **{name: getattr(args, name) for name in SIZES}).to(device)
-    config = {**model.config, "tokens": tokens.kind}
+    config = {**model.config, "tokens": tokens.kind, "data": corpus.fingerprint}
     ddp = wrap(model, world)
     network = torch.compile(ddp) if args.compile else ddp  # what is trained; `model` holds its weights
     optimizers = make_optimizers(model, args)
@@ -228,7 +229,10 @@ def finish(
     rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
     val = corpus.parts["val"]
     size = sum(p.numel() for p in model.parameters())
-    bits = best["val_loss"] * len(val.ids) / val.total("bytes") / math.log(2)
+    ids = val.ids[: args.eval_tokens]
+    whole = len(ids) == len(val.ids)
+    n_bytes = val.total("bytes") if whole else len(corpus.tokens.decode(ids).encode("utf-8", "surrogateescape"))
+    bits = best["val_loss"] * len(ids) / n_bytes / math.log(2)
     about = f"{corpus.name} in {corpus.tokens.kind} tokens, {size:,} parameters"
     save_figure(draw(rows, best, bits, about), run.path("loss_plot.png"))
     return run.finish(
