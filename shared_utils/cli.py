@@ -23,7 +23,7 @@ class UserError(ValueError):
     """A mistake of the user's (a flag, a file, a missing download). The message is one line that says what to do."""
 
 
-def _checked(convert: Callable, accept: Callable, wanted: str) -> Callable[[str], float]:
+def _checked(convert: Callable, accept: Callable, wanted: str) -> Callable[[str], int | float | str]:
     def value(text: str):
         try:
             number = convert(text)
@@ -43,6 +43,7 @@ non_negative_float = _checked(float, lambda v: v >= 0 and math.isfinite(v), "a f
 finite_float = _checked(float, math.isfinite, "a finite number")
 seed_number = _checked(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")
 fraction = _checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+utf8_text = _checked(lambda text: text.encode("utf-8").decode(), lambda v: True, "UTF-8 text")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

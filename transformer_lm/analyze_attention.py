@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from shared_utils.cli import UserError, make_parser, positive_int, run_main
+from shared_utils.cli import UserError, make_parser, positive_int, run_main, utf8_text
 from shared_utils.device import pick_device
 from shared_utils.plotting import new_figure, save_figure
 from shared_utils.runs import replacing, start_run
@@ -34,10 +34,15 @@ def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None, quick={"text": "a list of the list"})
     parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train.py's best.pth)")
-    parser.add_argument("--text", default=TEXT, help="what the heads look at")
+    parser.add_argument("--text", type=utf8_text, default=TEXT, help="what the heads look at")
     words = [" he", " king", " said", " the", " not", "."]
     parser.add_argument(
-        "--neighbours", nargs="+", default=words, metavar="TOKEN", help="tokens whose neighbours to find"
+        "--neighbours",
+        nargs="+",
+        type=utf8_text,
+        default=words,
+        metavar="TOKEN",
+        help="tokens whose neighbours to find",
     )
     parser.add_argument("--count", type=positive_int, default=6, help="neighbours of each")
     return parser

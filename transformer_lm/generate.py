@@ -18,7 +18,15 @@ import time
 
 import torch
 
-from shared_utils.cli import UserError, make_parser, non_negative_float, positive_float, positive_int, run_main
+from shared_utils.cli import (
+    UserError,
+    make_parser,
+    non_negative_float,
+    positive_float,
+    positive_int,
+    run_main,
+    utf8_text,
+)
 from shared_utils.device import pick_device
 from shared_utils.runs import replacing, start_run
 from shared_utils.seeding import seed_everything
@@ -33,7 +41,9 @@ def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None, quick={"max_new_tokens": 20})
     parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train.py's best.pth)")
-    parser.add_argument("--prompt", nargs="+", default=list(PROMPTS), metavar="TEXT", help="what to go on from")
+    parser.add_argument(
+        "--prompt", nargs="+", type=utf8_text, default=list(PROMPTS), metavar="TEXT", help="what to go on from"
+    )
     parser.add_argument("--n", type=positive_int, default=1, help="texts for each prompt")
     parser.add_argument("--max-new-tokens", type=positive_int, default=120, help="of each text")
     parser.add_argument("--temperature", type=non_negative_float, default=0.9, help="0: the likeliest token always")
