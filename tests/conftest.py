@@ -1,10 +1,13 @@
 """For all tests."""
 
+import gc
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from shared_utils import checkpoint
 from shared_utils.cli import run_main
 from shared_utils.embedded import shapes
 
@@ -29,6 +32,28 @@ def fails(capsys):
         return written.err
 
     return ended
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """A function: runs a call, which is stopped as by Ctrl-C as soon as it has saved its n-th last.pth."""
+
+    def stop(n, call):
+        save, saved = checkpoint.save, []
+
+        def interrupted(path, **state):
+            save(path, **state)
+            saved.append(path.name)
+            if saved.count("last.pth") == n:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                call()
+        gc.collect()  # the stopped run's frames, which hold its locks as its process would
+
+    return stop
 
 
 @pytest.fixture(scope="session")

@@ -85,20 +85,10 @@ def test_training_lowers_the_loss_and_keeps_the_best(runs_dir):
     "flags", [[], ["--pack", "--schedule", "cosine", "--warmup", 3, "--modern", "--tied", "--optimizer", "muon"]]
 )
 @pytest.mark.parametrize("stop_after", [1, 2])
-def test_a_stopped_training_ends_with_the_same_weights(flags, stop_after, runs_dir, tmp_path, monkeypatch):
+def test_a_stopped_training_ends_with_the_same_weights(flags, stop_after, runs_dir, tmp_path, stopped):
     given = [*TRAIN, *flags, "--data", runs_dir / "transformer_lm" / "prepare_data"]
     ran(train, *given, "--out", tmp_path / "whole")
-    save, calls = checkpoint.save, iter(range(100))
-
-    def stop(path, **state):
-        save(path, **state)
-        if path.name == "last.pth" and next(calls) == stop_after - 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            ran(train, *given, "--out", tmp_path / "stopped")
+    stopped(stop_after, lambda: ran(train, *given, "--out", tmp_path / "stopped"))
     ran(train, *given, "--out", tmp_path / "stopped", "--resume")
     for name in ("best.pth", "last.pth"):
         one, other = (checkpoint.load(tmp_path / run / name)["model"] for run in ("whole", "stopped"))

@@ -1,13 +1,11 @@
 """transformer_lm's study of vocabularies: the same operations for each, the measures, resuming."""
 
-import gc
 import math
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from shared_utils import checkpoint
 from shared_utils.embedded import pydocs
 from shared_utils.runs import read_json
 from transformer_lm import vocab_study
@@ -99,19 +97,8 @@ def test_the_best_is_chosen_on_validation():
 
 
 @pytest.mark.parametrize("stop_after", [1, 5])
-def test_a_stopped_study_ends_with_the_same_numbers(studied, texts, tmp_path, monkeypatch, stop_after):
-    save, calls = checkpoint.save, iter(range(10**6))
-
-    def stop(path, **state):
-        save(path, **state)
-        if path.name == "last.pth" and next(calls) == stop_after - 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            vocab_study.main(flags_of(texts, tmp_path))
-    gc.collect()  # the stopped run's frames, which hold its locks as its process would
+def test_a_stopped_study_ends_with_the_same_numbers(studied, texts, tmp_path, stopped, stop_after):
+    stopped(stop_after, lambda: vocab_study.main(flags_of(texts, tmp_path)))
     metrics = vocab_study.main([*flags_of(texts, tmp_path), "--resume"])
     whole = read_json(studied[0] / "metrics.json")
     for found in (metrics, whole):
@@ -121,23 +108,13 @@ def test_a_stopped_study_ends_with_the_same_numbers(studied, texts, tmp_path, mo
     assert metrics == whole
 
 
-def test_a_study_of_another_text_takes_nothing_from_the_one_before(studied, texts, tmp_path, monkeypatch):
+def test_a_study_of_another_text_takes_nothing_from_the_one_before(studied, texts, tmp_path, stopped):
     other = tmp_path / "texts"
     other.mkdir()
     (other / "one.txt").write_text(pydocs()[50_000:90_000], encoding="utf-8")
     out = tmp_path / "out"
     vocab_study.main(flags_of(other, out))
-    save = checkpoint.save
-
-    def stop(path, **state):
-        save(path, **state)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", stop)
-        with pytest.raises(KeyboardInterrupt):
-            vocab_study.main(flags_of(texts, out))
-    gc.collect()
+    stopped(1, lambda: vocab_study.main(flags_of(texts, out)))
     assert vocab_study.main([*flags_of(texts, out), "--resume"])["sizes"][0]["kneser_ney"] == pytest.approx(
         read_json(studied[0] / "metrics.json")["sizes"][0]["kneser_ney"]
     )

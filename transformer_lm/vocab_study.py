@@ -54,10 +54,10 @@ def build_parser():
     parser.add_argument(
         "--seeds", type=non_negative_int, nargs="+", default=[0], help="one training each per size and rate"
     )
-    parser.add_argument("--updates", type=positive_int, default=600, help="at the middle of the sizes")
+    parser.add_argument("--updates", type=positive_int, default=500, help="at the middle of the sizes")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="windows of an update")
     parser.add_argument(
-        "--lrs", type=positive_float, nargs="+", default=[0.001, 0.003], help="AdamW's, of embeddings and output"
+        "--lrs", type=positive_float, nargs="+", default=[0.003, 0.01], help="AdamW's, of embeddings and output"
     )
     parser.add_argument("--resume", action="store_true", help="go on where a stopped study was")
     return parser
