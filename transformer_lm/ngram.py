@@ -7,6 +7,10 @@ often k tokens stand in the text where k is the order; below it, how many differ
 "Francisco" is frequent, but follows one word. Where h never occurred, P_k = P_{k−1}; P_0 = 1 / V. With n_i the number
 of k-grams whose count is i, D_k = n_1 / (n_1 + 2 n_2), or ½ where none is 1: nothing is ever impossible.
 
+How it is computed: k-grams are numbered, so that one is a pair (number of its first k − 1 tokens, last token), which is
+a single whole number. In "a b a c" with ^ for the start and order 2 the 2-grams are ^a, ab, ac, ba, each with c_2 = 1;
+c_1(a) = 2, for ^a and ba, c_1(b) = c_1(c) = 1; N(a ·) = 2, for ab and ac.
+
 Source: Kneser and Ney 1995; Chen and Goodman 1999, section 2.7 (interpolated) and 3 (D).
 Shapes: T tokens, V of the vocabulary, G different k-grams.
 """
@@ -18,9 +22,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class _Order:
-    """The k-grams seen. keys: sorted int64 (G,), (number of the first k − 1 tokens) · V + the last; counts: c_k, (G,).
+    """The k-grams seen; a k-gram's number is its place in `keys`.
 
-    totals, distinct: c_k(h ·) and N(h ·), by the number of h.
+    keys: sorted int64 (G,), (number of the first k − 1 tokens) · V + the last. counts: c_k, (G,). totals, distinct:
+    c_k(h ·) and N(h ·), by the number of h.
     """
 
     keys: np.ndarray
@@ -41,38 +46,37 @@ class KneserNey:
             raise ValueError(f"needs tokens and an order of at least 1, got {len(ids)} tokens and {order}")
         self.vocab_size, self.order, self.start = vocab_size, order, start
         text = self._after_starts(ids)
-        numbers = [np.zeros(len(text), np.int64)]  # [k][p]: that of the k-gram that ends at p; the empty one is 0
-        keys = []
-        for _ in range(order):
-            found, number = np.unique(_key(numbers[-1], text, vocab_size), return_inverse=True)
+        # keys[k]: of all k-grams; gram[k]: the number of the k-gram that ends at each position. The empty one is 0.
+        keys, gram = [np.zeros(1, np.int64)], [np.zeros(len(text), np.int64)]
+        for k in range(order):
+            found, number = np.unique(_key(gram[k], text, vocab_size), return_inverse=True)
             keys.append(found)
-            numbers.append(number)
+            gram.append(number)
         self._orders: list[_Order] = []
         for k in range(1, order + 1):
-            here, size = numbers[k][order:], len(keys[k - 1])  # those that end with a token of the text
+            counted = gram[k][order:]  # those that end with a token of the text
             if k < order:  # one for each different (k + 1)-gram that ends with it
-                _, first = np.unique(numbers[k + 1][order:], return_index=True)
-                here = here[first]
-            counts = np.bincount(here, minlength=size)
-            before = keys[k - 1] // vocab_size  # the number of h
-            contexts = 1 if k == 1 else len(keys[k - 2])
-            totals = np.bincount(before, weights=counts, minlength=contexts)
-            distinct = np.bincount(before, weights=counts > 0, minlength=contexts)
+                _, first = np.unique(gram[k + 1][order:], return_index=True)
+                counted = counted[first]
+            counts = np.bincount(counted, minlength=len(keys[k]))
+            context = keys[k] // vocab_size  # the number of each k-gram's h
+            totals = np.bincount(context, weights=counts, minlength=len(keys[k - 1]))
+            distinct = np.bincount(context, weights=counts > 0, minlength=len(keys[k - 1]))
             once, twice = ((counts == i).sum() for i in (1, 2))
             discount = float(once / (once + 2 * twice)) if once else 0.5
-            self._orders.append(_Order(keys[k - 1], counts, totals, distinct, discount))
+            self._orders.append(_Order(keys[k], counts, totals, distinct, discount))
 
     def losses(self, ids: np.ndarray) -> np.ndarray:
         """−ln P of each token of another text, nats: ids int64 (T,) → float64 (T,)."""
         text = self._after_starts(ids)
-        number = np.zeros(len(text), np.int64)  # of the (k − 1)-gram that ends at each position, −1 where unseen
-        p = np.full(len(text), 1 / self.vocab_size)
+        gram = np.zeros(len(text), np.int64)  # the number of the (k − 1)-gram that ends at each position, −1: unseen
+        p = np.full(len(text), 1 / self.vocab_size)  # P_{k−1}
         for order in self._orders:
-            h = np.concatenate([[-1], number[:-1]])
-            key = _key(number, text, self.vocab_size)
+            h = np.concatenate([[-1], gram[:-1]])  # of the k − 1 tokens before each position
+            key = _key(gram, text, self.vocab_size)
             at = np.searchsorted(order.keys, key).clip(max=len(order.keys) - 1)
-            number = np.where((h >= 0) & (order.keys[at] == key), at, -1)
-            count = np.where(number >= 0, order.counts[number], 0)
+            gram = np.where((h >= 0) & (order.keys[at] == key), at, -1)
+            count = np.where(gram >= 0, order.counts[gram], 0)  # (an index of −1 is read, and dropped here)
             total = np.where(h >= 0, order.totals[h], 0)
             left = order.discount * order.distinct[h] * p  # what was taken off goes to the shorter h
             seen = total > 0
@@ -83,7 +87,10 @@ class KneserNey:
         return np.concatenate([np.full(self.order, self.start), ids])
 
 
-def _key(number: np.ndarray, text: np.ndarray, vocab_size: int) -> np.ndarray:
-    """For each position the k-gram that ends there, as (the (k − 1)-gram before its last token) · V + that token."""
-    before = np.concatenate([number[:1], number[:-1]])  # the first position is a start, like what is not before it
-    return before * vocab_size + text
+def _key(gram: np.ndarray, text: np.ndarray, vocab_size: int) -> np.ndarray:
+    """For each position the k-gram that ends there: the number of its first k − 1 tokens · V + the last; (T,) each.
+
+    gram: the number of the (k − 1)-gram that ends at each position.
+    """
+    context = np.concatenate([gram[:1], gram[:-1]])  # the first position is a start, like what is not before it
+    return context * vocab_size + text
