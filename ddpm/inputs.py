@@ -1,0 +1,61 @@
+"""Images as the diffusion sees them: of all shades, in [−1, 1].
+
+The first images of the training set train, the last `--val-size` of it are held out. Shapes: N images (N, C, H, W).
+"""
+
+import argparse
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shared_utils.cli import UserError, positive_int
+from shared_utils.data import load_images
+
+
+@dataclass(frozen=True)
+class Part:
+    """Images x uint8 (N, C, H, W) and labels y int64 (N,)."""
+
+    x: np.ndarray
+    y: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The three parts, the classes' names and the set's title."""
+
+    train: Part
+    val: Part
+    test: Part
+    classes: tuple[str, ...]
+    title: str
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flag that `load` reads beside those of `make_parser`."""
+    parser.add_argument("--val-size", type=positive_int, default=10_000, help="the last training images are held out")
+
+
+def load(args: argparse.Namespace) -> Data:
+    """The parts that the flags ask for. Errors: `UserError` as `load_images`, or when nothing is left to train on."""
+    train, test = (load_images(args.dataset, split, args.data_dir) for split in ("train", "test"))
+    cut = len(train) - args.val_size
+    if cut < 1:
+        raise UserError(f"--val-size {args.val_size}: {train.title} has {len(train)} training images")
+    first, last = Part(train.x[:cut], train.y[:cut]), Part(train.x[cut:], train.y[cut:])
+    return Data(first, last, Part(test.x, test.y), train.classes, train.title)
+
+
+def scaled(x: Tensor) -> Tensor:
+    """uint8 0 … 255 → float32 −1 … 1."""
+    return x.float() / 127.5 - 1
+
+
+def shades(x: Tensor) -> np.ndarray:
+    """−1 … 1 → uint8 0 … 255, on the CPU."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()

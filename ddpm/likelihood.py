@@ -1,0 +1,63 @@
+"""How many bits a pixel costs: the variational bound on −log p(x_0).
+
+    L = KL(q(x_T | x_0) ‖ N(0, I))  +  Σ_{t>1} KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t))  −  log p(x_0 | x_1)
+
+p(x_{t−1} | x_t) is the posterior at x̂_0, with the same variance β̃_t, so that the terms of the sum are
+|μ̃(x_0) − μ̃(x̂_0)|² / 2β̃_t. The last is the probability that N(x̂_0, β̃_2) gives the pixel's own shade of 256 (all
+beyond the darkest and the brightest counts as them).
+Sources: Ho, Jain and Abbeel 2020, section 3.3; Nichol and Dhariwal 2021 (β̃_2 in place of β̃_1 = 0).
+Shapes: B images (B, C, H, W), D = C H W pixels.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ddpm.diffusion import GaussianDiffusion, Model
+
+
+def prior_term(diffusion: GaussianDiffusion, x0: Tensor) -> Tensor:
+    """KL(q(x_T | x_0) ‖ N(0, I)) of each image, (B,), nats."""
+    alpha_bar = diffusion.alpha_bars[-1]
+    variance = 1 - alpha_bar
+    return 0.5 * (alpha_bar * x0.square() + variance - 1 - math.log(variance)).flatten(1).sum(1)
+
+
+def step_term(diffusion: GaussianDiffusion, model: Model, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """KL of the step t ≥ 1 (index) of each image, (B,), nats, for one noise."""
+    x_t = diffusion.q_sample(x0, t, noise)
+    mean, variance = diffusion.posterior(x0, x_t, t)
+    found, _ = diffusion.posterior(diffusion.denoised(model, x_t, t), x_t, t)
+    return ((mean - found).square() / (2 * variance)).flatten(1).sum(1)
+
+
+def last_term(diffusion: GaussianDiffusion, model: Model, x0: Tensor, noise: Tensor) -> Tensor:
+    """−log p(x_0 | x_1) of each image, (B,), nats, for one noise."""
+    t = torch.zeros(len(x0), dtype=torch.int64, device=x0.device)
+    mean = diffusion.denoised(model, diffusion.q_sample(x0, t, noise), t).double()
+    _, variance = diffusion.posterior(x0, x0, t + 1)
+    gaussian = torch.distributions.Normal(mean, variance.double().sqrt())
+    below = torch.where(x0 < -0.999, 0.0, gaussian.cdf(x0.double() - 1 / 255))
+    above = torch.where(x0 > 0.999, 1.0, gaussian.cdf(x0.double() + 1 / 255))
+    return -(above - below).clamp(min=1e-12).log().flatten(1).sum(1).to(x0.dtype)
+
+
+@torch.no_grad()
+def bits_per_dimension(diffusion: GaussianDiffusion, model: Model, x0: Tensor, strata: int = 50) -> dict[str, float]:
+    """The bound's three parts and their sum, bits per pixel, over images x0 and noise from torch's global generator.
+
+    Of the steps above the first, each image gets one from each of `strata` equal ranges, which stands for the range.
+    """
+    steps, edges = torch.zeros(len(x0), device=x0.device), torch.linspace(1, diffusion.timesteps, strata + 1)
+    for low, high in zip(edges[:-1].round().long().tolist(), edges[1:].round().long().tolist(), strict=True):
+        if high > low:
+            t = torch.randint(low, high, (len(x0),), device=x0.device)
+            steps += (high - low) * step_term(diffusion, model, x0, t, torch.randn_like(x0))
+    parts = {
+        "prior": prior_term(diffusion, x0),
+        "steps": steps,
+        "last": last_term(diffusion, model, x0, torch.randn_like(x0)),
+    }
+    bits = {name: value.mean().item() / (x0[0].numel() * math.log(2)) for name, value in parts.items()}
+    return {**bits, "sum": sum(bits.values())}

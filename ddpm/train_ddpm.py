@@ -1,0 +1,264 @@
+"""How does a network learn to take noise out of images, and at which noise is it hard?
+
+    python ddpm/train_ddpm.py --prediction v --schedule cosine --amp
+    python ddpm/train_ddpm.py --conditional --out runs/ddpm/train_conditional
+    torchrun --nproc_per_node 2 ddpm/train_ddpm.py --amp
+
+Each update takes images, adds to each the noise of a step drawn for it, and lowers the mean squared error of what the
+UNet says about it (diffusion.py, unet.py) with AdamW, its rate along one cycle. Samples are drawn from a mean of the
+weights over the updates, which moves after them (EMA):  w̄ ← d w̄ + (1 − d) w,  d = min(--ema, (1 + n) / (10 + n)).
+
+With `--conditional` the network is also told the digit, but for a part of the images: so it learns the distribution
+with and without, which sampling.py's --guidance plays off against each other. After each epoch the mean weights' loss
+is measured on images held out, at steps spread over all T, each image with a noise of its own that stays the same:
+nearly no noise is as hard to tell (there is little to see) as noise alone is easy.
+
+Writes ema.pth, last.pth, loss_plot.png, samples_epoch_*.png, history.csv, metrics.json.
+With --resume a run that was stopped goes on from its last whole epoch and ends with the same weights.
+Sources: Ho, Jain and Abbeel 2020; Ho and Salimans 2022 (classes left out); Polyak and Juditsky 1992 (mean weights).
+Shapes: B images of a batch (B, C, H, W), t int64 (B,).
+"""
+
+import argparse
+import math
+import time
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddpm.diffusion import PREDICTIONS, SCHEDULES, GaussianDiffusion
+from ddpm.inputs import Part, add_data_flags, load, scaled, shades
+from ddpm.unet import UNet
+from shared_utils import checkpoint
+from shared_utils.cli import UserError, fraction, make_parser, positive_float, positive_int, run_main
+from shared_utils.data import minibatches
+from shared_utils.device import autocast
+from shared_utils.distributed import main_first, process_group, shard, total, wrap
+from shared_utils.modes import evaluating
+from shared_utils.plotting import image_grid, new_figure, save_figure
+from shared_utils.runs import Run, check_finite, start_run
+from shared_utils.schedules import one_cycle
+from shared_utils.seeding import seed_everything
+
+LEVELS = 10  # parts of the steps in which the validation loss is shown
+GRID, GRID_STEPS = 8, 20  # samples of a picture in each direction; DPM-Solver++'s steps for them
+
+
+def build_parser():
+    """The command line."""
+    quick = {"val_size": 300, "epochs": 2, "batch_size": 32, "channels": [32, 32], "timesteps": 100, "val_images": 100}
+    parser = make_parser(__doc__, quick=quick)
+    add_data_flags(parser)
+    parser.add_argument("--timesteps", type=positive_int, default=1000, help="steps from image to noise, 50 or more")
+    parser.add_argument("--schedule", choices=SCHEDULES, default="linear", help="how the noise grows with the step")
+    parser.add_argument("--prediction", choices=PREDICTIONS, default="eps", help="what the network says")
+    parser.add_argument("--channels", type=positive_int, nargs=2, default=[64, 96], help="at 14×14 and at 7×7")
+    parser.add_argument("--conditional", action="store_true", help="tell the network the class")
+    parser.add_argument("--drop-label", type=fraction, default=0.1, help="part of the images that go without theirs")
+    parser.add_argument("--epochs", type=positive_int, default=20, help="passes through the training images")
+    parser.add_argument("--batch-size", type=positive_int, default=128, help="images per update")
+    parser.add_argument("--lr", type=positive_float, default=2e-3, help="the highest learning rate")
+    parser.add_argument("--ema", type=fraction, default=0.999, help="how much of the mean weights an update leaves")
+    parser.add_argument("--val-images", type=positive_int, default=2000, help="held-out images in each epoch's loss")
+    parser.add_argument("--sample-every", type=positive_int, default=5, help="epochs between two pictures of samples")
+    parser.add_argument("--amp", action="store_true", help="compute in bfloat16, with float32 parameters")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the network")
+    parser.add_argument("--resume", action="store_true", help="go on from last.pth")
+    return parser
+
+
+def main(argv=None) -> dict:
+    """Train; returns the metrics."""
+    args = build_parser().parse_args(argv)
+    with process_group(args.device) as world:
+        return train(args, world)
+
+
+def train(args: argparse.Namespace, world) -> dict:
+    """What `main` does, in one process of `world`."""
+    device = world.device
+    with main_first(world):
+        data = load(args)
+    if args.batch_size % world.size:
+        raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes")
+    if args.batch_size > len(data.train):
+        raise UserError(f"--batch-size {args.batch_size}: there are {len(data.train)} images to train on")
+    diffusion = GaussianDiffusion(args.timesteps, args.schedule, args.prediction)
+    seed_everything(args.seed)
+    _, channels, size, width = data.train.x.shape
+    if size != width:
+        raise UserError(f"--dataset {args.dataset} has images of {size}×{width}; the UNet takes square ones")
+    n_classes = len(data.classes) if args.conditional else None
+    model = UNet(size, channels, tuple(args.channels), n_classes).to(device, memory_format=torch.channels_last)
+    run = start_run(args, writes=world.is_main)
+    x, y = (torch.from_numpy(each).to(device) for each in (data.train.x, data.train.y))
+    ema = UNet(**model.config).to(device, memory_format=torch.channels_last).eval()
+    ema.load_state_dict(model.state_dict())
+    ddp = wrap(model, world)
+    network = torch.compile(ddp) if args.compile else ddp  # what is trained; `model` holds its weights
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
+    per_epoch = len(x) // args.batch_size  # what is left over waits for another epoch's order
+    updates = args.epochs * per_epoch
+    losses, levels = torch.zeros(updates), torch.zeros(args.epochs, LEVELS)
+    first, seconds = 0, 0.0
+    about = {"title": data.title, "config": model.config | {"timesteps": args.timesteps, "schedule": args.schedule}}
+    about["config"] |= {"prediction": args.prediction}
+
+    if args.resume and run.path("last.pth").exists():
+        state = checkpoint.load(run.path("last.pth"), expect=about["config"])
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, seconds = state["epoch"], state["seconds"]
+        losses[: first * per_epoch], levels[:first] = state["losses"], state["levels"]
+    if args.resume:
+        run.rewind(first)
+
+    for epoch in range(first, args.epochs):
+        started = time.perf_counter()
+        order = np.random.default_rng([args.seed, epoch])
+        batches = minibatches(len(x), args.batch_size, order, drop_last=True)
+        for update, batch in enumerate(batches, start=epoch * per_epoch):
+            # What is random in an update follows from seed and update, for the whole batch: processes share it out.
+            torch.manual_seed(int(np.random.SeedSequence([args.seed, update]).generate_state(1)[0]))
+            lr = one_cycle(update, updates, args.lr, rise=0.1)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss = update_loss(diffusion, network, x, y, batch, args, world)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            follow(ema, model, min(args.ema, (1 + update) / (10 + update)))
+            losses[update] = loss.detach()
+        seconds += time.perf_counter() - started
+        trained = total(losses[update + 1 - per_epoch : update + 1].mean(), world).item() / world.size
+        check_finite(trained, update + 1, lr)
+        if not world.is_main:
+            continue
+        levels[epoch] = losses_by_level(diffusion, ema, data.val, args.val_images, args.amp)
+        run.log(
+            epoch=epoch + 1, lr=lr, train_loss=trained, val_loss=levels[epoch].mean().item(), seconds=round(seconds, 1)
+        )
+        done = {"epoch": epoch + 1, "seconds": seconds}
+        state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), **done}
+        state |= {"losses": losses[: update + 1], "levels": levels[: epoch + 1]}
+        checkpoint.save(run.path("last.pth"), **about, **state)
+        checkpoint.save(run.path("ema.pth"), **about, **done, model=ema.state_dict())
+        if (epoch + 1) % args.sample_every == 0 or epoch + 1 == args.epochs:
+            save_figure(draw_samples(diffusion, ema, args, epoch + 1), run.path(f"samples_epoch_{epoch + 1:03d}.png"))
+
+    if not world.is_main:
+        return {}
+    return finish(args, run, model, losses, levels, seconds, data.title)
+
+
+def update_loss(
+    diffusion: GaussianDiffusion, network: nn.Module, x: Tensor, y: Tensor, batch: np.ndarray, args, world
+) -> Tensor:
+    """The mean loss of this process's part of a batch; steps, noise and labels left out are drawn for all of it."""
+    at = torch.from_numpy(shard(np.arange(len(batch)), world)).to(x.device)
+    chosen = torch.from_numpy(batch).to(x.device)
+    t = torch.randint(diffusion.timesteps, (len(batch),), device=x.device)[at]
+    noise = torch.randn(len(batch), *x.shape[1:], device=x.device)[at]
+    dropped = torch.rand(len(batch), device=x.device)[at] < args.drop_label
+    labels = torch.where(dropped, int(y.max()) + 1, y[chosen[at]]) if args.conditional else None
+    with autocast(x.device, args.amp):
+        return diffusion.losses(lambda x_t, t: network(x_t, t, labels), scaled(x[chosen[at]]), t, noise).mean()
+
+
+@torch.no_grad()
+def follow(ema: nn.Module, model: nn.Module, decay: float) -> None:
+    """w̄ ← d w̄ + (1 − d) w for every weight. (The UNet has nothing else: a schedule in it would be averaged too.)"""
+    for mean, weight in zip(ema.parameters(), model.parameters(), strict=True):
+        mean.lerp_(weight, 1 - decay)
+
+
+@torch.no_grad()
+def losses_by_level(
+    diffusion: GaussianDiffusion, model: UNet, part: Part, n: int, amp: bool, together: int = 250
+) -> Tensor:
+    """The mean loss in each tenth of the steps, (LEVELS,): n images, each at a step of its own, with its own noise."""
+    device = next(model.parameters()).device
+    n = min(n, len(part))
+    rng = torch.Generator().manual_seed(0)
+    t = ((torch.arange(n) + 0.5) * diffusion.timesteps / n).long()[torch.randperm(n, generator=rng)]
+    noise = torch.randn(n, *part.x.shape[1:], generator=rng)
+    found = []
+    with evaluating(model), autocast(device, amp):
+        for at in torch.arange(n).split(together):
+            x0 = scaled(torch.from_numpy(part.x[at]).to(device))
+            found.append(diffusion.losses(model, x0, t[at].to(device), noise[at].to(device)).cpu())
+    level = t * LEVELS // diffusion.timesteps
+    found = torch.cat(found)
+    return torch.stack([found[level == each].mean() for each in range(LEVELS)])
+
+
+def draw_samples(diffusion: GaussianDiffusion, model: UNet, args: argparse.Namespace, epoch: int):
+    """A grid of samples of the mean weights, always from the same noise."""
+    device = next(model.parameters()).device
+    torch.manual_seed(args.seed)
+    shape = (GRID**2, model.config["image_channels"], model.config["size"], model.config["size"])
+    with evaluating(model), autocast(device, args.amp):
+        images = shades(diffusion.dpm_solver_sample(model, shape, GRID_STEPS, device))
+    figure, axes = new_figure(width=5.2, height=5.6)
+    image_grid(axes[0, 0], images, GRID, vmin=0, vmax=255)
+    figure.suptitle(f"After epoch {epoch}: {GRID_STEPS} steps of DPM-Solver++ from the same noise")
+    return figure
+
+
+def finish(
+    args: argparse.Namespace, run: Run, model: UNet, losses: Tensor, levels: Tensor, seconds: float, title: str
+) -> dict:
+    """The figure and the metrics."""
+    rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
+    size = sum(p.numel() for p in model.parameters())
+    about = f"{title}, {size:,} parameters, {args.schedule} schedule, T = {args.timesteps}"
+    save_figure(draw_losses(losses.numpy(), levels.numpy(), rows, args, about), run.path("loss_plot.png"))
+    images = args.epochs * (len(losses) // args.epochs) * args.batch_size
+    return run.finish(
+        {
+            "parameters": size,
+            "timesteps": args.timesteps,
+            "schedule": args.schedule,
+            "prediction": args.prediction,
+            "conditional": args.conditional,
+            "epochs": args.epochs,
+            "updates": len(losses),
+            "train_loss": rows[-1]["train_loss"],
+            "val_loss": rows[-1]["val_loss"],
+            "val_loss_by_level": levels[-1].tolist(),
+            "training_seconds": seconds,
+            "images_per_second": images / seconds,
+        }
+    )
+
+
+def draw_losses(losses: np.ndarray, levels: np.ndarray, rows: list[dict], args: argparse.Namespace, about: str):
+    """The loss against updates, smoothed, with the validation's; and the validation's by step, epoch for epoch."""
+    figure, axes = new_figure(1, 2, width=10.6, height=4.5)
+    left, right = axes[0]
+    window = max(1, len(losses) // 100)
+    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
+    left.plot(np.arange(1, len(losses) + 1), losses, color="#BBBBBB", linewidth=0.5, label="each update's batch")
+    left.plot(np.arange(window, len(losses) + 1), smooth, label=f"mean of {window} updates")
+    per_epoch = len(losses) // args.epochs
+    epochs = np.arange(1, args.epochs + 1)
+    left.plot(epochs * per_epoch, [row["val_loss"] for row in rows], "k--", label="held out, mean weights")
+    left.set(xscale="log", yscale="log", xlabel="updates", ylabel=f"mean squared error of {args.prediction}")
+    left.legend()
+    middle = (np.arange(LEVELS) + 0.5) * args.timesteps / LEVELS
+    for epoch in sorted({1, max(1, math.isqrt(args.epochs)), args.epochs}):
+        right.plot(middle, levels[epoch - 1], "-o", label=f"epoch {epoch}")
+    right.set(yscale="log", xlabel="step t (noise grows to the right)", ylabel="the same, held-out images")
+    right.legend()
+    hardest = int(middle[levels[-1].argmax()])
+    figure.suptitle(
+        f"{about}\nheld-out loss {rows[-1]['val_loss']:.4f} after {args.epochs} epochs, highest around step {hardest}"
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(main, build_parser)
