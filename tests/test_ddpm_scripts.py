@@ -1,5 +1,6 @@
 """ddpm's training and sampling: resuming, mean weights, two processes, guidance, what is written, and mistakes."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -8,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import benchmark, evaluate, features, sampling, train_ddpm
+from ddpm import benchmark, evaluate, features, fid_vs_steps, sampling, train_ddpm
 from ddpm.checkpoints import load_model
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.inputs import load, scaled, shades
 from ddpm.unet import UNet
 from shared_utils import checkpoint
 from shared_utils.data import load_images
-from shared_utils.runs import ROOT, read_json
+from shared_utils.runs import ROOT, Run, read_json
 
 CPU = torch.device("cpu")
 TRAIN = ["--dataset", "digits", "--device", "cpu", "--val-size", 1200, "--epochs", 3, "--batch-size", 64]
@@ -273,3 +274,35 @@ def test_the_benchmark_says_what_it_timed(tmp_path):
         assert metrics[f"{ratio}_against_peer"] == pytest.approx(ours[key] / peer[key])
     assert metrics["parameters"] < 1_500_000 < 2_400_000 < metrics["parameters_of_peer"] < 2_700_000
     assert (tmp_path / "speed.png").exists()
+
+
+def test_every_number_of_steps_is_measured_and_a_stopped_study_goes_on(runs_dir, tmp_path, monkeypatch):
+    given = ["--dataset", "digits", "--runs-dir", runs_dir, "--device", "cpu", "--val-size", 300, "--epochs", 1]
+    given += ["--steps", 4, 2, "--n", 30, "--batch-size", 20]
+    whole = ran(fid_vs_steps, *given, "--out", tmp_path / "whole")
+    found = [(row["sampler"], row["steps"]) for row in whole["points"]]
+    assert found == [("dpm", 2), ("dpm", 4), ("ddim", 2), ("ddim", 4), ("ddpm", 50)]
+    assert all(row["times_the_floor"] == pytest.approx(row["frechet"] / whole["floor"]) for row in whole["points"])
+    log, rows = Run.log, []
+
+    def stop(run, **row):
+        log(run, **row)
+        rows.append(row)
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ran(fid_vs_steps, *given, "--out", tmp_path / "stopped")
+    gc.collect()
+    again = ran(fid_vs_steps, *given, "--out", tmp_path / "stopped", "--resume")
+    for one, other in zip(whole["points"], again["points"], strict=True):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+
+
+def test_the_fewest_steps_near_the_best_are_found():
+    rows = [("dpm", 10, 2.2), ("dpm", 20, 2.0), ("ddim", 10, 9.0), ("ddim", 20, 2.4), ("ddpm", 100, 1.99)]
+    found = fid_vs_steps.findings([{"sampler": s, "steps": n, "frechet": value} for s, n, value in rows])
+    assert (found["best_sampler"], found["best"]) == ("ddpm", 1.99)
+    assert (found["dpm_steps_near_the_best"], found["ddim_steps_near_the_best"]) == (10, None)
