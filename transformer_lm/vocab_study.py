@@ -188,8 +188,10 @@ def draw(table: list[dict], outcome: dict, operations: float, name: str):
     """Bits per byte, and the known words, against the size."""
     figure, axes = new_figure(1, 2, width=10.4, height=4.6)
     sizes, (left, right) = [row["vocab_size"] for row in table], axes[0]
-    left.plot(sizes, [row["test_bits_per_byte"] for row in table], "-o", label="transformer, mean over seeds")
-    if len(table[0]["of_seeds"]) > 1:
+    several = len(table[0]["of_seeds"]) > 1
+    label = "transformer, mean over seeds" if several else "transformer"
+    left.plot(sizes, [row["test_bits_per_byte"] for row in table], "-o", label=label)
+    if several:
         dots = [(row["vocab_size"], bits) for row in table for bits in row["of_seeds"]]
         left.plot(*zip(*dots, strict=True), "k.", markersize=4, label="each seed")
     left.plot(sizes, [row["kneser_ney"] for row in table], "--s", color=COLORS[1], label="Kneser-Ney, five tokens")
