@@ -42,6 +42,7 @@ from transformer_lm.corpus import Corpus, Part, load
 from transformer_lm.model import TransformerLM
 from transformer_lm.ngram import KneserNey
 
+NEAR = 0.005  # sizes whose bits on validation differ by less are called as good
 DRAWN = (20, 100)  # texts, and tokens of each, from which known words are counted
 
 
@@ -167,7 +168,9 @@ def summary(rows: list[dict], corpus: Corpus) -> dict:
 def findings(table: list[dict], lrs: list[float]) -> dict:
     """The size that is best on validation, and what the largest costs beside it on the test text."""
     best, largest = min(table, key=lambda row: row["val_bits_per_byte"]), table[-1]
+    near = [row["vocab_size"] for row in table if row["val_bits_per_byte"] <= (1 + NEAR) * best["val_bits_per_byte"]]
     return {
+        "as_good_on_validation": " and ".join(f"{size:,}" for size in near),
         "best_vocab_size": best["vocab_size"],
         "best_bits_per_byte": best["test_bits_per_byte"],
         "best_times_read": best["times_read"],
@@ -185,8 +188,10 @@ def draw(table: list[dict], outcome: dict, operations: float, name: str):
     """Bits per byte, and the known words, against the size."""
     figure, axes = new_figure(1, 2, width=10.4, height=4.6)
     sizes, (left, right) = [row["vocab_size"] for row in table], axes[0]
-    left.plot(sizes, [row["test_bits_per_byte"] for row in table], "-o", label="transformer, mean over seeds")
-    if len(table[0]["of_seeds"]) > 1:
+    several = len(table[0]["of_seeds"]) > 1
+    label = "transformer, mean over seeds" if several else "transformer"
+    left.plot(sizes, [row["test_bits_per_byte"] for row in table], "-o", label=label)
+    if several:
         dots = [(row["vocab_size"], bits) for row in table for bits in row["of_seeds"]]
         left.plot(*zip(*dots, strict=True), "k.", markersize=4, label="each seed")
     left.plot(sizes, [row["kneser_ney"] for row in table], "--s", color=COLORS[1], label="Kneser-Ney, five tokens")
@@ -200,9 +205,10 @@ def draw(table: list[dict], outcome: dict, operations: float, name: str):
         ax.set_xlabel("tokens of the vocabulary")
         ax.legend()
     figure.suptitle(
-        f"{name}, {operations:.1e} operations of training each: {outcome['best_vocab_size']:,.0f} tokens need the "
-        f"fewest bits,\n{outcome['best_bits_per_byte']:.3f} per byte; {outcome['largest_vocab_size']:,.0f} need "
-        f"{outcome['largest_above_best']:+.1%}"
+        f"{name}, {operations:.1e} operations of training each: {outcome['as_good_on_validation']} tokens are best on "
+        f"validation;\n{outcome['best_vocab_size']:,} need {outcome['best_bits_per_byte']:.3f} bits per byte of test, "
+        f"{outcome['largest_vocab_size']:,} {outcome['largest_above_best']:+.1%}, {outcome['smallest_vocab_size']:,} "
+        f"{outcome['smallest_above_best']:+.1%}"
     )
     return figure
 
