@@ -177,7 +177,8 @@ def draw_classes(probabilities: dict[str, np.ndarray], data: Data, found: dict):
     left.bar(at + 0.2, 100 * real, 0.4, color=COLORS[1], label="test images")
     left.set_xticks(at, data.classes, rotation=0 if k <= 10 and max(map(len, data.classes)) < 3 else 40)
     left.set(xlabel="class", ylabel="share (%)")
-    left.legend(loc="lower right")
+    left.set_ylim(top=1.3 * max(left.get_ylim()[1], 100 * real.max()))
+    left.legend(loc="upper right")
     for name, color in (("samples", COLORS[0]), ("test", COLORS[1])):
         sure = np.sort(probabilities[name].max(1))
         right.plot(np.linspace(0, 100, len(sure)), sure, color=color, label=f"{name}, mean {sure.mean():.3f}")
@@ -218,7 +219,8 @@ def draw_levels(diffusion: GaussianDiffusion, levels: dict[int, dict[str, float]
         style = {"color": COLORS[0] if who == "network" else COLORS[1], "linestyle": "--" if dashed else "-"}
         ax.plot(noise, [levels[step][name] for step in steps], label=name, **style)
     ax.set(xscale="log", yscale="log", xlabel="noise against signal, √((1 − ᾱ) / ᾱ)", ylabel="mean squared error of x̂₀")
-    ax.legend()
+    ax.set_ylim(bottom=1e-6)  # what the memoriser knows for certain lies below
+    ax.legend(loc="lower right")
     middle = steps[len(steps) // 2]
     at = levels[middle]
     network = at["network on test images"] / at["network on training images"]

@@ -223,11 +223,11 @@ def draw_noising(diffusion: GaussianDiffusion, x: Tensor, seed: int):
     half = {}
     for ax, schedule in zip(axes[:, 0], SCHEDULES, strict=True):
         process = GaussianDiffusion(diffusion.timesteps, schedule)
-        image_grid(ax, shades(process.q_sample(x0, t, noise)), len(moments), vmin=0, vmax=255)
+        parts = [f"{process.alpha_bars[step]:.3f}" for step in moments]
+        image_grid(ax, shades(process.q_sample(x0, t, noise)), len(moments), labels=parts, vmin=0, vmax=255)
         half[schedule] = int((process.alpha_bars > 0.5).sum())
         used = " (this model's)" if schedule == diffusion.schedule else ""
-        parts = "      ".join(f"{process.alpha_bars[step]:.3f}" for step in moments)
-        ax.set_title(f"{schedule}{used}, signal's part ᾱ:   {parts}", fontsize=9)
+        ax.set_title(f"{schedule} schedule{used}; below, the signal's part ᾱ of the variance", fontsize=10)
     said = ", ".join(f"{schedule} at step {step}" for schedule, step in half.items())
     figure.suptitle(f"Half of the variance is noise: {said}, of {diffusion.timesteps}")
     return figure

@@ -10,8 +10,9 @@ weights over the updates, which moves after them (EMA):  w̄ ← d w̄ + (1 − 
 
 With `--conditional` the network is also told the digit, but for a part of the images: so it learns the distribution
 with and without, which sampling.py's --guidance plays off against each other. After each epoch the mean weights' loss
-is measured on images held out, at steps spread over all T, each image with a noise of its own that stays the same:
-nearly no noise is as hard to tell (there is little to see) as noise alone is easy.
+is measured on images held out, at steps spread over all T, each image with a noise of its own that stays the same.
+Where it is hard depends on what is asked: ε is hardest to tell where there is little of it, v also where hardly
+anything else is left.
 
 Writes ema.pth, last.pth, loss_plot.png, samples_epoch_*.png, history.csv, metrics.json.
 With --resume a run that was stopped goes on from its last whole epoch and ends with the same weights.
