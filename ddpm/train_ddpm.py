@@ -14,7 +14,7 @@ is measured on images held out, at steps spread over all T, each image with a no
 Where it is hard depends on what is asked: ε is hardest to tell where there is little of it, v also where hardly
 anything else is left.
 
-Writes ema.pth, last.pth, loss_plot.png, samples_epoch_*.png, history.csv, metrics.json.
+Writes ema.pth, last.pth, loss_plot.png, history.csv, metrics.json, and samples_epoch_NNN as pictures.
 With --resume a run that was stopped goes on from its last whole epoch and ends with the same weights.
 Sources: Ho, Jain and Abbeel 2020; Ho and Salimans 2022 (classes left out); Polyak and Juditsky 1992 (mean weights).
 Shapes: B images of a batch (B, C, H, W), t int64 (B,).
@@ -231,7 +231,7 @@ def finish(
             "val_loss": rows[-1]["val_loss"],
             "val_loss_by_level": levels[-1].tolist(),
             "training_seconds": seconds,
-            "images_per_second": images / seconds,
+            "images": images,
         }
     )
 

@@ -94,9 +94,9 @@ def test_the_best_is_chosen_on_validation():
     assert (found["best_vocab_size"], found["best_bits_per_byte"]) == (2, 2.0)
     assert found["largest_above_best"] == pytest.approx(-0.1)
     assert found["as_good_on_validation"] == "2"
+    assert found["at_the_highest_rate"] == []
     found = vocab_study.findings([size(1000, 2.02, 1.0), size(2000, 2.0, 2.0), size(3000, 2.009, 1.8)], [0.1])
     assert found["as_good_on_validation"] == "2,000 and 3,000"
-    assert found["at_the_highest_rate"] == []
 
 
 @pytest.mark.parametrize("stop_after", [1, 5])
