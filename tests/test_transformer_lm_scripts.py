@@ -111,6 +111,24 @@ def test_the_rate_rises_and_falls():
     assert {train.share_of_rate(args, update) for update in range(110)} == {1.0}
 
 
+def test_both_optimizers_follow_the_schedule(runs_dir, tmp_path, monkeypatch):
+    rates = {}
+    for kind in (torch.optim.AdamW, train.Muon):
+        rates[kind] = seen = []
+
+        def watched(self, *given, step=kind.step, seen=seen):
+            seen.append([group["lr"] for group in self.param_groups])
+            return step(self, *given)
+
+        monkeypatch.setattr(kind, "step", watched)
+    flags = [*TRAIN, "--schedule", "cosine", "--warmup", 3, "--optimizer", "muon", "--muon-lr", 0.2, "--out", tmp_path]
+    ran(train, *flags, "--data", runs_dir / "transformer_lm" / "prepare_data")
+    args = train.build_parser().parse_args([str(flag) for flag in flags])
+    shares = [train.share_of_rate(args, update) for update in range(12)]
+    assert rates[torch.optim.AdamW] == [[pytest.approx(0.01 * share)] * 2 for share in shares]
+    assert rates[train.Muon] == [[pytest.approx(0.2 * share)] for share in shares]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_matrices_decay_and_nothing_else_and_muon_has_those_of_the_blocks(tied, optimizer):
