@@ -100,7 +100,7 @@ def main(argv=None) -> dict:
 def read_samples(path: Path, data: Data) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (N, C, H, W) and the labels asked for, −1 for none, (N,), of sampling.py's file.
 
-    Errors: `UserError` when they are not images like the data's, or fewer than two.
+    Errors: `UserError` when they are not images like the data's, or fewer than ten.
     """
     arrays = load_arrays(path, required=("images", "labels"))
     images, labels = arrays["images"], arrays["labels"]

@@ -35,7 +35,7 @@ from shared_utils import checkpoint
 from shared_utils.cli import UserError, fraction, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import autocast
-from shared_utils.distributed import main_first, process_group, shard, total, wrap
+from shared_utils.distributed import World, main_first, process_group, shard, total, wrap
 from shared_utils.modes import evaluating
 from shared_utils.plotting import image_grid, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
@@ -76,7 +76,7 @@ def main(argv=None) -> dict:
         return train(args, world)
 
 
-def train(args: argparse.Namespace, world) -> dict:
+def train(args: argparse.Namespace, world: World) -> dict:
     """What `main` does, in one process of `world`."""
     device = world.device
     with main_first(world):
@@ -126,7 +126,7 @@ def train(args: argparse.Namespace, world) -> dict:
             lr = one_cycle(update, updates, args.lr, rise=0.1)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = update_loss(diffusion, network, x, y, batch, args, world)
+            loss = update_loss(diffusion, network, x, y, batch, n_classes, args, world)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -156,15 +156,25 @@ def train(args: argparse.Namespace, world) -> dict:
 
 
 def update_loss(
-    diffusion: GaussianDiffusion, network: nn.Module, x: Tensor, y: Tensor, batch: np.ndarray, args, world
+    diffusion: GaussianDiffusion,
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    batch: np.ndarray,
+    n_classes: int | None,
+    args: argparse.Namespace,
+    world: World,
 ) -> Tensor:
-    """The mean loss of this process's part of a batch; steps, noise and labels left out are drawn for all of it."""
+    """The mean loss of this process's part of a batch; steps, noise and labels left out are drawn for all of it.
+
+    n_classes: None where the network is told no class; else it is the label of none.
+    """
     at = torch.from_numpy(shard(np.arange(len(batch)), world)).to(x.device)
     chosen = torch.from_numpy(batch).to(x.device)
     t = torch.randint(diffusion.timesteps, (len(batch),), device=x.device)[at]
     noise = torch.randn(len(batch), *x.shape[1:], device=x.device)[at]
     dropped = torch.rand(len(batch), device=x.device)[at] < args.drop_label
-    labels = torch.where(dropped, int(y.max()) + 1, y[chosen[at]]) if args.conditional else None
+    labels = None if n_classes is None else torch.where(dropped, n_classes, y[chosen[at]])
     with autocast(x.device, args.amp):
         return diffusion.losses(lambda x_t, t: network(x_t, t, labels), scaled(x[chosen[at]]), t, noise).mean()
 
