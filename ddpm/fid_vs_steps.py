@@ -13,18 +13,15 @@ With --resume a study that was stopped goes on where it was.
 Sources: Ho, Jain and Abbeel 2020; Song, Meng and Ermon 2021; Lu et al. 2022; Heusel et al. 2017.
 """
 
-import time
-
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ddpm.checkpoints import find_checkpoint, load_model
 from ddpm.features import frechet_distance, seen, trained
-from ddpm.inputs import add_data_flags, load, shades
-from ddpm.sampling import NAMES, draw_batch
+from ddpm.inputs import add_data_flags, load
+from ddpm.sampling import NAMES, draw_all
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
-from shared_utils.device import autocast, pick_device
+from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
 from shared_utils.runs import start_run
 
@@ -63,18 +60,13 @@ def main(argv=None) -> dict:
     points = [(sampler, each) for sampler in ("dpm", "ddim") for each in steps]
     points += [] if args.without_ddpm else [("ddpm", diffusion.timesteps)]
     done = {(row["sampler"], int(row["steps"])) for row in run.history()}
-    side, channels = model.config["size"], model.config["image_channels"]
+    no_labels = np.full(args.n, -1)
     for sampler, each in points:
         if (sampler, each) in done:
             continue
         torch.manual_seed(args.seed)
-        images, started = [], time.perf_counter()
-        for first in tqdm(range(0, args.n, args.batch_size), desc=f"{NAMES[sampler]}, {each} steps", unit="batch"):
-            shape = (min(args.batch_size, args.n - first), channels, side, side)
-            with autocast(device, args.amp):
-                images.append(shades(draw_batch(diffusion, model, shape, sampler, each, 0.0, device)))
-        seconds = time.perf_counter() - started
-        distance = frechet_distance(seen(classifier, np.concatenate(images))[0], test)
+        images, seconds = draw_all(diffusion, model, no_labels, sampler, each, args, device)
+        distance = frechet_distance(seen(classifier, images)[0], test)
         run.log(sampler=sampler, steps=each, frechet=distance, times_the_floor=distance / floor, seconds=seconds)
     rows = [
         {**row, "steps": int(row["steps"]), **{k: float(row[k]) for k in ("frechet", "times_the_floor", "seconds")}}

@@ -81,11 +81,15 @@ def main(argv=None) -> dict:
     run = start_run(args)
     seed_everything(args.seed)
     labels = wanted_labels(args.n, model.n_classes if args.guidance else None, args.label)
-    images, seconds = draw_all(diffusion, model, labels, steps, args, device)
+    how = {"eta": args.eta, "guidance": args.guidance}
+    images, seconds = draw_all(diffusion, model, labels, args.sampler, steps, args, device, **how)
+    images = images[:, 0] if images.shape[1] == 1 else images.transpose(0, 2, 3, 1)
     save_arrays(run.path("samples.npz"), images=images, labels=labels)
-    how = f"{steps} steps of {NAMES[args.sampler]}"
     rate = len(images) * steps / seconds
-    save_figure(draw_grid(images, f"{state['title']}: {how}", seconds / len(images)), run.path("ddpm_sample.png"))
+    save_figure(
+        draw_grid(images, f"{state['title']}: {steps} steps of {NAMES[args.sampler]}", seconds / len(images)),
+        run.path("ddpm_sample.png"),
+    )
     save_figure(draw_denoising(*followed(diffusion, model, args, device)), run.path("denoising.png"))
     save_figure(draw_noising(diffusion, torch.from_numpy(test.x[:1]), args.seed), run.path("noising.png"))
     return run.finish(
@@ -149,18 +153,20 @@ def draw_batch(
 
 
 def draw_all(
-    diffusion: GaussianDiffusion, model: UNet, labels: np.ndarray, steps: int, args: argparse.Namespace, device
+    diffusion: GaussianDiffusion, model: UNet, labels: np.ndarray, sampler: str, steps: int, args, device, **how
 ) -> tuple[np.ndarray, float]:
-    """Images uint8 (N, H, W), or (N, H, W, C) of several channels, and the seconds it took."""
+    """Images uint8 (N, C, H, W), one for each label (−1: none), in batches, and the seconds it took.
+
+    args: has `batch_size` and `amp`. how: `eta`, `guidance`; without them 0 and 1.
+    """
     found, started, side = [], time.perf_counter(), model.config["size"]
-    for first in tqdm(range(0, len(labels), args.batch_size), desc=f"{args.sampler}, {steps} steps", unit="batch"):
+    for first in tqdm(range(0, len(labels), args.batch_size), desc=f"{NAMES[sampler]}, {steps} steps", unit="batch"):
         some = torch.from_numpy(labels[first : first + args.batch_size]).to(device)
-        denoiser = guided(model, None if (some < 0).any() else some, args.guidance)
+        denoiser = guided(model, None if (some < 0).any() else some, how.get("guidance", 1.0))
         shape = (len(some), model.config["image_channels"], side, side)
         with autocast(device, args.amp):
-            found.append(shades(draw_batch(diffusion, denoiser, shape, args.sampler, steps, args.eta, device)))
-    images = np.concatenate(found)
-    return images[:, 0] if images.shape[1] == 1 else images.transpose(0, 2, 3, 1), time.perf_counter() - started
+            found.append(shades(draw_batch(diffusion, denoiser, shape, sampler, steps, how.get("eta", 0.0), device)))
+    return np.concatenate(found), time.perf_counter() - started
 
 
 @torch.no_grad()
