@@ -9,6 +9,7 @@ Each experiment folder declares its runs in `experiment.json`, in the order in w
         {"name": "train", "script": "train.py", "args": ["--epochs", "3"], "minutes": 2,
          "headline": "{test_accuracy:.2%}"}]}
 
+`after`, beside them, names the experiments whose outputs a folder reads: they are made first, also under `--only`.
 `name` is the run's folder; where it differs from the script's own name, `--out` is passed. `{runs}` in an argument is
 the folder of all runs. `quick` may hold other arguments for the quick run. `first_page` puts the run into the first
 README's table. `minutes` is what the full run takes on two cores, `headline` a format string over metrics.json. One
@@ -26,6 +27,7 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 from shared_utils.cli import UserError
@@ -86,6 +88,15 @@ def experiments() -> list[str]:
     return sorted(path.parent.name for path in ROOT.glob("*/experiment.json"))
 
 
+def in_order(names: list[str]) -> list[str]:
+    """These experiments and those whose outputs they read, each after what it reads."""
+    reads, wanted = {}, list(names)
+    for name in wanted:  # which grows while it is read
+        reads[name] = read_json(ROOT / name / "experiment.json").get("after", [])
+        wanted += [other for other in reads[name] if other not in wanted]
+    return list(TopologicalSorter(reads).static_order())
+
+
 def perform(run: Declared, runs_dir: Path, quick: bool) -> dict:
     """Make one run in this process, its output in `log.txt`; returns {"seconds": …, "error": None or one line}."""
     started, error, folder = time.perf_counter(), None, run.folder(runs_dir)
@@ -127,7 +138,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help="small runs on embedded data, into runs/quick")
-    parser.add_argument("--only", nargs="+", metavar="EXPERIMENT", choices=experiments(), help="these folders alone")
+    parser.add_argument(
+        "--only", nargs="+", metavar="EXPERIMENT", choices=experiments(), help="these folders, and what they read"
+    )
     parser.add_argument("--runs-dir", help="folder of all runs (default: runs, with --quick runs/quick)")
     parser.add_argument("--report", default="runs/report.html", help="the page (default: runs/report.html)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the child process of one folder
@@ -138,9 +151,9 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     """Run what is asked for; returns each failed run's outcome by `experiment/name`."""
     args = build_parser().parse_args(argv)
     runs_dir = Path(args.runs_dir or ("runs/quick" if args.quick else "runs"))
-    chosen = args.only or experiments()
+    chosen = in_order(args.only or experiments())
     if args.inside:
-        perform_all(chosen[0], runs_dir, args.quick)
+        perform_all(args.only[0], runs_dir, args.quick)
         return {}
     if not args.quick:
         minutes = sum(run.minutes for name in chosen for run in declared_runs(name))

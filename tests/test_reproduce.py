@@ -76,6 +76,15 @@ def test_flags_of_a_declared_run(house, tmp_path):
     assert quick[-2:] == ["--out", str(tmp_path / "toy" / "wide")]
 
 
+def test_what_an_experiment_reads_is_made_before_it(house):
+    for name, after in (("a", ["toy"]), ("b", []), ("c", ["a", "b"])):
+        (house / name).mkdir()
+        (house / name / "experiment.json").write_text(json.dumps({"after": after}))
+    assert reproduce.in_order(["c"]) == ["b", "toy", "a", "c"]
+    assert reproduce.in_order(["toy", "b"]) == ["toy", "b"]
+    assert reproduce.in_order(reproduce.experiments()) == ["toy", "b", "a", "c"]
+
+
 def test_runs_in_an_argument_is_the_folder_of_all_runs(tmp_path):
     flags = ("--ckpt", "{runs}/toy/train/best.pth")
     run = reproduce.Declared("toy", "eval", "eval.py", flags, (), minutes=1, headline="", first_page=False)

@@ -1,0 +1,176 @@
+"""A variational autoencoder or diffusion: whose digits are nearer to real ones, and at what cost?
+
+    python ddpm/compare_vae.py
+    python ddpm/compare_vae.py --n 2000 --out runs/ddpm/compare_2000
+
+The autoencoder's images have 14×14 pixels of black and white. So the diffusion's are brought to that: the mean of each
+2×2 block, cut at one half, which is how the autoencoder's data were made. A classifier of such images, trained here,
+gives the features (features.py), and as many real images that were held out the floor. The autoencoder's images are of
+two kinds: its most probable pixels, and pixels drawn with the probabilities that it gives them, as its likelihood is.
+
+A training is stable when its loss on images held out falls from one look to the next: how often did it rise, and how
+far? The likelihoods are of different images, bits of black or white and shades of 256: neither number is the better.
+
+Reads what vae/train.py, vae/sample.py, vae/evaluate.py and here train_ddpm.py, sampling.py, evaluate.py wrote.
+Writes side_by_side.png, metrics.json (in it the table of both). Source: Heusel et al. 2017 (the distance).
+Shapes: N images uint8 (N, 1, S, S), S = 14.
+"""
+
+import argparse
+
+import numpy as np
+
+from ddpm.evaluate import distances
+from ddpm.features import seen, trained
+from ddpm.inputs import Data, Part, add_data_flags, load
+from shared_utils.checkpoint import load_arrays
+from shared_utils.cli import UserError, make_parser, positive_int, run_main
+from shared_utils.data import binarize, downsample
+from shared_utils.device import pick_device
+from shared_utils.plotting import image_grid, new_figure, save_figure
+from shared_utils.runs import find_output, read_json, start_run
+
+GRID = 8  # images of each kind in each direction
+VAE, DRAWN, DIFFUSION = "VAE", "VAE, pixels drawn", "diffusion"
+READ = {  # experiment, and its runs: training, sampling, measurement
+    VAE: ("vae", ("train", "sample", "evaluate")),
+    DIFFUSION: ("ddpm", ("train_ddpm", "sampling", "evaluate")),
+}
+
+
+def build_parser():
+    """The command line."""
+    parser = make_parser(__doc__, quick={"val_size": 300, "epochs": 1, "n": 20})
+    add_data_flags(parser)
+    parser.add_argument("--n", type=positive_int, default=10_000, help="images of each kind, at most")
+    parser.add_argument("--epochs", type=positive_int, default=5, help="of the classifier")
+    return parser
+
+
+def main(argv=None) -> dict:
+    """Measure both, show them side by side; returns the metrics."""
+    args = build_parser().parse_args(argv)
+    device = pick_device(args.device)
+    about, losses = {}, {}
+    for name, (experiment, runs) in READ.items():
+        about[name] = [read_json(find_output(args, run, "metrics.json", experiment)) for run in runs]
+        learned = about[name][0]["run"].get("dataset")
+        if learned != args.dataset:
+            raise UserError(f"--dataset {args.dataset}: the {name} learned {learned}")
+        history = np.genfromtxt(
+            find_output(args, runs[0], "history.csv", experiment), delimiter=",", names=True, ndmin=1
+        )
+        losses[name] = history["val_kl"] - history["val_reconstruction"] if name == VAE else history["val_loss"]
+    data = load(args)
+    images, large = samples_of(args, data)
+    run = start_run(args)
+    train, val, test = (coarse(part.x) for part in (data.train, data.val, data.test))
+    classifier = trained(Part(train, data.train.y), len(data.classes), args.epochs, args.seed, device)
+    n = min(args.n, len(val), *(len(each) for each in images.values()))
+    (real, _), (features, probabilities) = seen(classifier, val[:n]), seen(classifier, test)
+    quality = {
+        name: distances({"samples": seen(classifier, x[:n])[0], "real": real, "test": features})
+        for name, x in images.items()
+    }
+    floor = quality[VAE]["frechet_of_real"]
+    found = {name: quality[name]["frechet_of_samples"] for name in images}
+    save_figure(draw({"real": test, **images}, large, found, floor, data.title), run.path("side_by_side.png"))
+    return run.finish(
+        {
+            "images": n,
+            "accuracy": float((probabilities.argmax(1) == data.test.y).mean()),
+            "floor": floor,
+            "frechet_of_vae": found[VAE],
+            "frechet_of_vae_drawn": found[DRAWN],
+            "frechet_of_diffusion": found[DIFFUSION],
+            "diffusion_against_vae": found[DIFFUSION] / found[VAE],
+            "table": table(about, quality, {name: steadiness(loss) for name, loss in losses.items()}, data),
+        }
+    )
+
+
+def samples_of(args: argparse.Namespace, data: Data) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What is compared, uint8 (N, 1, S, S) of 0 and 255, and the diffusion's images as they are, (N, 1, 2 S, 2 S).
+
+    Errors: `UserError` when a file is missing, or holds other images.
+    """
+    files = {
+        "vae": find_output(args, "sample", "samples.npz", "vae"),
+        "ddpm": find_output(args, "sampling", "samples.npz"),
+    }
+    small, large = load_arrays(files["vae"], ["images", "draws"]), load_arrays(files["ddpm"], ["images"])
+    side = data.test.x.shape[-1]
+    for key, x, wanted in (
+        ("vae", small["images"], side // 2),
+        ("vae", small["draws"], side // 2),
+        ("ddpm", large["images"], side),
+    ):
+        if x.dtype != np.uint8 or x.shape[1:] != (wanted, wanted) or len(x) < 10:
+            raise UserError(f"{files[key]} holds {x.dtype} {x.shape}, not ten or more images of {wanted}×{wanted}")
+    large = large["images"][:, None]
+    return {VAE: small["images"][:, None], DRAWN: small["draws"][:, None], DIFFUSION: coarse(large)}, large
+
+
+def coarse(x: np.ndarray) -> np.ndarray:
+    """Images (N, 1, 2 S, 2 S) as the autoencoder's data are: the mean of each 2×2 block, cut at one half; 0 or 255."""
+    return 255 * binarize(downsample(x))
+
+
+def steadiness(loss: np.ndarray) -> tuple[float, float]:
+    """Of a held-out loss, look after look: the part of the looks at which it rose, and its largest rise.
+
+    A rise is in parts of the loss before it. With a single look both are 0.
+    """
+    rises = np.diff(loss) / np.abs(loss[:-1])
+    return float((rises > 0).mean()) if len(rises) else 0.0, float(rises.max(initial=0.0))
+
+
+def table(about: dict, quality: dict[str, dict], stability: dict, data: Data) -> list[dict]:
+    """What was measured of both, in words; a row for each question."""
+    (train, sample, measured), (train_ddpm, sampling, measured_ddpm) = about[VAE], about[DIFFUSION]
+    each_ddpm, each_vae = sampling["seconds_per_image"], sample["generation_seconds"] / sample["samples"]
+    rows = [
+        ("latent space", f"{train['z_dim']} numbers", f"{data.test.x[0].size} numbers, noise as large as the image"),
+        ("generation", "the decoder, once", f"the network, {sampling['steps']} times"),
+    ]
+    for key, spec in (("frechet", ".2f"), ("precision", ".1%"), ("recall", ".1%")):
+        mine, drawn, other = (format(quality[name][f"{key}_of_samples"], spec) for name in (VAE, DRAWN, DIFFUSION))
+        name = {"frechet": "Fréchet distance"}.get(key, key)
+        real = format(quality[VAE][f"{key}_of_real"], spec)
+        rows.append((f"quality: {name} (real images {real})", f"{mine}; pixels drawn {drawn}", other))
+    rose = [f"rose at {share:.0%} of the looks, by {rise:.1%} at most" for share, rise in map(stability.get, READ)]
+    rows += [
+        ("stability: the held-out loss", *rose),
+        (
+            "likelihood, of different images",
+            f"{measured['bits_per_pixel']:.3f} bits at most for a pixel of 2 shades",
+            f"{measured_ddpm['bits_per_dimension']:.2f} bits at most for one of 256",
+        ),
+        (
+            "speed: training",
+            f"{train['training_seconds']:.0f} s, {train['parameters']:,} parameters, {train['train_images']:,} images",
+            f"{train_ddpm['training_seconds']:.0f} s, {train_ddpm['parameters']:,}, {len(data.train):,}",
+        ),
+        ("speed: 1,000 images", f"{1000 * each_vae:.4f} s", f"{1000 * each_ddpm:.1f} s"),
+    ]
+    return [dict(zip(("measured", VAE, DIFFUSION), row, strict=True)) for row in rows]
+
+
+def draw(kinds: dict[str, np.ndarray], large: np.ndarray, found: dict[str, float], floor: float, title: str):
+    """The first images of each kind, unselected; the diffusion's also as large as it draws them."""
+    figure, axes = new_figure(1, 5, width=13.5, height=3.6)
+    above = {"real": f"test images\nas many others {floor:.2f}"}
+    above |= {name: f"{name}\n{distance:.2f}" for name, distance in found.items()}
+    for ax, (name, x) in zip(axes[0], [*kinds.items(), ("large", large)], strict=True):
+        image_grid(ax, x[: GRID**2], GRID, vmin=0, vmax=255)
+        ax.set_title(above.get(name, "diffusion, as it draws\n(not compared)"), fontsize=10)
+    share, side = found[DIFFUSION] / found[VAE], kinds["real"].shape[-1]
+    figure.suptitle(
+        f"{title}, {side}×{side} of black and white: "
+        f"the diffusion's Fréchet distance to test images is {share:.2f} of the VAE's"
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(main, build_parser)
