@@ -1,6 +1,7 @@
 """A trained diffusion as a file: ema.pth, the mean weights and what they belong to."""
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import torch
@@ -17,17 +18,33 @@ def find_checkpoint(args: argparse.Namespace) -> Path:
     return Path(args.ckpt) if args.ckpt else find_output(args, "train_ddpm", "ema.pth")
 
 
-def load_model(path: str | Path, device: torch.device) -> tuple[UNet, GaussianDiffusion, dict]:
+def load_model(
+    args: argparse.Namespace, device: torch.device, val_size: int | None = None
+) -> tuple[UNet, GaussianDiffusion, dict]:
     """The network in evaluation mode, the diffusion it was trained for, and the checkpoint.
 
-    Errors: `UserError` when the file is missing, damaged, or of another network.
+    val_size: the images that the caller takes for held out. Errors: `UserError` when the file is missing, damaged, of
+    another network, or trained on another `--dataset` or on images that the caller takes for held out.
     """
+    path = find_checkpoint(args)
     state = checkpoint.load(path, device=device)
     try:
         config = dict(state["config"])
+        learned = {name: config.pop(name) for name in ("dataset", "val_size")}
         diffusion = GaussianDiffusion(*(config.pop(name) for name in ("timesteps", "schedule", "prediction")))
         model = UNet(**config)
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, RuntimeError):  # a part is missing, or does not fit the others
         raise UserError(f"{path} holds no diffusion of ddpm") from None
+    for name, asked in (("dataset", args.dataset), ("val_size", val_size)):
+        if asked is not None and asked != learned[name]:
+            raise UserError(f"{path} was trained with --{name.replace('_', '-')} {learned[name]}, not {asked}")
     return model.to(device, memory_format=torch.channels_last).eval(), diffusion, state
+
+
+def fingerprint(model: UNet) -> str:
+    """Of the weights: samples know by it what drew them."""
+    found = hashlib.sha256()
+    for weight in model.state_dict().values():
+        found.update(weight.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -40,7 +40,7 @@ READ = {  # experiment, and its runs: training, sampling, measurement
 
 def build_parser():
     """The command line."""
-    parser = make_parser(__doc__, quick={"val_size": 300, "epochs": 1, "n": 20})
+    parser = make_parser(__doc__, quick={"epochs": 1, "n": 20})
     add_data_flags(parser)
     parser.add_argument("--n", type=positive_int, default=10_000, help="images of each kind, at most")
     parser.add_argument("--epochs", type=positive_int, default=5, help="of the classifier")

@@ -29,6 +29,7 @@ from shared_utils.cli import UserError
 
 SCHEDULES, PREDICTIONS = ("linear", "cosine"), ("eps", "v")
 FEWEST_STEPS = 50
+FIRST_LAMBDA = -5.1  # a signal of 0.6 % of the noise: about where the linear schedule ends
 Model = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) → ε or v, as the images
 
 
@@ -128,10 +129,15 @@ class GaussianDiffusion:
         return 0.5 * np.log(self.alpha_bars / (1 - self.alpha_bars))
 
     def steps_even_in_lambda(self, steps: int) -> list[int]:
-        """As `steps_of`, but evenly spaced in λ, as nearly as whole steps that are all different can be."""
+        """As `steps_of`, but evenly spaced in λ, as nearly as whole steps that are all different can be.
+
+        Between the first step and `FIRST_LAMBDA` there is nothing but noise, which needs no steps of its own; the
+        cosine schedule's last λ lie far below it, and would take a third of them.
+        """
         self.steps_of(steps)  # refuses what is no number of steps
         lambdas = self._lambdas()
-        wanted = np.linspace(lambdas[-1], lambdas[0], steps)
+        wanted = np.linspace(max(lambdas[-1], FIRST_LAMBDA), lambdas[0], steps)
+        wanted[0] = lambdas[-1]
         order = [int(np.abs(lambdas - each).argmin()) for each in wanted]
         for i in range(1, steps):
             order[i] = min(order[i], order[i - 1] - 1)
@@ -185,4 +191,4 @@ class GaussianDiffusion:
 
 def _at(values: np.ndarray, t: Tensor, like: Tensor) -> Tensor:
     """values[t] for images `like`: (B, 1, 1, 1) in their type; computed in float64 up to here."""
-    return torch.from_numpy(values).to(t.device if t.device.type != "mps" else "cpu")[t].to(like)[:, None, None, None]
+    return torch.from_numpy(values).to(like)[t][:, None, None, None]

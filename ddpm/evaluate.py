@@ -23,10 +23,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpm.checkpoints import find_checkpoint, load_model
+from ddpm.checkpoints import fingerprint, load_model
 from ddpm.diffusion import GaussianDiffusion, Model
 from ddpm.features import covered, frechet_distance, nearest, seen, trained
-from ddpm.inputs import Data, add_data_flags, load, scaled
+from ddpm.inputs import FEWEST, Data, add_data_flags, load, scaled
 from ddpm.likelihood import bits_per_dimension
 from ddpm.memoriser import memoriser
 from ddpm.unet import UNet
@@ -43,7 +43,7 @@ SHOWN = 10  # samples of nearest.png
 
 def build_parser():
     """The command line."""
-    quick = {"val_size": 300, "epochs": 1, "compared": 100, "level_images": 20, "bound_images": 10}
+    quick = {"epochs": 1, "compared": 100, "level_images": 20, "bound_images": 10}
     parser = make_parser(__doc__, quick=quick)
     add_data_flags(parser)
     parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train_ddpm.py's ema.pth)")
@@ -60,9 +60,9 @@ def main(argv=None) -> dict:
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
     data = load(args)
-    model, diffusion, _ = load_model(find_checkpoint(args), device)
+    model, diffusion, _ = load_model(args, device, len(data.val))
     path = Path(args.samples) if args.samples else find_output(args, "sampling", "samples.npz")
-    samples, labels = read_samples(path, data)
+    samples, labels = read_samples(path, data, fingerprint(model))
     run = start_run(args)
     seed_everything(args.seed)
     classifier = trained(data.train, len(data.classes), args.epochs, args.seed, device)
@@ -86,6 +86,7 @@ def main(argv=None) -> dict:
     bound = bits_per_dimension(diffusion, model, x0)
     return run.finish(
         {
+            "model": fingerprint(model),
             "samples": len(samples),
             **found,
             "bits_per_dimension": bound["sum"],
@@ -97,18 +98,21 @@ def main(argv=None) -> dict:
     )
 
 
-def read_samples(path: Path, data: Data) -> tuple[np.ndarray, np.ndarray]:
+def read_samples(path: Path, data: Data, model: str) -> tuple[np.ndarray, np.ndarray]:
     """Images uint8 (N, C, H, W) and the labels asked for, −1 for none, (N,), of sampling.py's file.
 
-    Errors: `UserError` when they are not images like the data's, or fewer than ten.
+    model: the fingerprint of the one that is measured. Errors: `UserError` when another drew them, when they are not
+    images like the data's, or fewer than `FEWEST`.
     """
-    arrays = load_arrays(path, required=("images", "labels"))
+    arrays = load_arrays(path, required=("images", "labels", "model"))
     images, labels = arrays["images"], arrays["labels"]
     images = images[:, None] if images.ndim == 3 else np.moveaxis(images, -1, 1)
     if images.dtype != np.uint8 or images.shape[1:] != data.test.x.shape[1:] or len(images) != len(labels):
         raise UserError(f"{path} holds {images.dtype} {images.shape[1:]}, not images like {data.title}'s")
-    if len(images) < 10:
-        raise UserError(f"{path} holds {len(images)} images: draw 10 or more, 10,000 to compare with others")
+    if len(images) < FEWEST:
+        raise UserError(f"{path} holds {len(images)} images: draw {FEWEST} or more, 10,000 to compare with others")
+    if str(arrays["model"]) != model:
+        raise UserError(f"{path} was drawn by another model: give that one by --ckpt, or draw again with sampling.py")
     return images, labels
 
 

@@ -84,7 +84,7 @@ def seen(model: Classifier, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         for first in range(0, len(x), TOGETHER):
             some = scaled(torch.from_numpy(x[first : first + TOGETHER]).to(device))
             found = model.features(some.contiguous(memory_format=torch.channels_last))
-            features.append(found.double().cpu().numpy())
+            features.append(found.cpu().double().numpy())
             probabilities.append(model.output(found).softmax(1).cpu().numpy())
     return np.concatenate(features), np.concatenate(probabilities)
 

@@ -16,7 +16,7 @@ Sources: Ho, Jain and Abbeel 2020; Song, Meng and Ermon 2021; Lu et al. 2022; He
 import numpy as np
 import torch
 
-from ddpm.checkpoints import find_checkpoint, load_model
+from ddpm.checkpoints import load_model
 from ddpm.features import frechet_distance, seen, trained
 from ddpm.inputs import add_data_flags, load
 from ddpm.sampling import NAMES, draw_all
@@ -28,7 +28,7 @@ from shared_utils.runs import start_run
 
 def build_parser():
     """The command line."""
-    quick = {"val_size": 300, "epochs": 1, "steps": [2, 4], "n": 20, "batch_size": 10}
+    quick = {"epochs": 1, "steps": [2, 4], "n": 20, "batch_size": 10}
     parser = make_parser(__doc__, quick=quick)
     add_data_flags(parser)
     parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train_ddpm.py's ema.pth)")
@@ -47,7 +47,7 @@ def main(argv=None) -> dict:
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
     data = load(args)
-    model, diffusion, _ = load_model(find_checkpoint(args), device)
+    model, diffusion, _ = load_model(args, device, len(data.val))
     steps = sorted(set(args.steps))
     for each in steps:
         diffusion.steps_of(each)  # refuses more than there are

@@ -1,6 +1,6 @@
 """Images as the diffusion sees them: of all shades, in [−1, 1].
 
-The first images of the training set train, the last `--val-size` of it are held out. Shapes: N images (N, C, H, W).
+The first images of the training set train, the last `--val-size` of them are held out. Shapes: N images (N, C, H, W).
 """
 
 import argparse
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from shared_utils.cli import UserError, positive_int
 from shared_utils.data import load_images
+
+FEWEST = 10  # images of a part
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,23 @@ class Data:
 
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flag that `load` reads beside those of `make_parser`."""
-    parser.add_argument("--val-size", type=positive_int, default=10_000, help="the last training images are held out")
+    parser.add_argument(
+        "--val-size", type=positive_int, help="training images held out, the last of them (default: a sixth)"
+    )
 
 
 def load(args: argparse.Namespace) -> Data:
-    """The parts that the flags ask for. Errors: `UserError` as `load_images`, or when nothing is left to train on."""
+    """The parts that the flags ask for.
+
+    Errors: `UserError` as `load_images`, and when fewer than `FEWEST` are held out, or left to train on.
+    """
     train, test = (load_images(args.dataset, split, args.data_dir) for split in ("train", "test"))
-    cut = len(train) - args.val_size
-    if cut < 1:
-        raise UserError(f"--val-size {args.val_size}: {train.title} has {len(train)} training images")
+    held_out = len(train) // 6 if args.val_size is None else args.val_size
+    cut = len(train) - held_out
+    if min(held_out, cut) < FEWEST:
+        raise UserError(
+            f"--val-size {held_out}: of {train.title}'s {len(train)} images {FEWEST} or more are held out, and learned"
+        )
     first, last = Part(train.x[:cut], train.y[:cut]), Part(train.x[cut:], train.y[cut:])
     return Data(first, last, Part(test.x, test.y), train.classes, train.title)
 

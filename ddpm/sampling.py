@@ -13,7 +13,8 @@ With `--label` a conditional model draws one class (without, it draws each equal
 than the class alone asks: ε = ε_none + w (ε_label − ε_none), so that 1 is no guidance at all and 0 no class.
 
 Writes ddpm_sample.png, denoising.png, noising.png, samples.npz, metrics.json. In samples.npz, for other experiments:
-`images` uint8 (N, H, W), `labels` int64 (N,), −1 where none was asked for. Model: train_ddpm.py.
+`images` uint8 (N, H, W), `labels` int64 (N,), −1 where none was asked for, `model`, which drew them. Model:
+train_ddpm.py.
 Sources: Ho, Jain and Abbeel 2020; Song, Meng and Ermon 2021; Lu et al. 2022; Ho and Salimans 2022 (guidance).
 Shapes: B images of a batch (B, C, H, W), t int64 (B,).
 """
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.checkpoints import find_checkpoint, load_model
+from ddpm.checkpoints import fingerprint, load_model
 from ddpm.diffusion import SCHEDULES, GaussianDiffusion, Model
 from ddpm.inputs import scaled, shades
 from ddpm.unet import UNet
@@ -71,20 +72,18 @@ def main(argv=None) -> dict:
     """Draw, follow, show; returns the metrics."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    path = find_checkpoint(args)
-    model, diffusion, state = load_model(path, device)
+    model, diffusion, state = load_model(args, device)
     steps = args.steps or DEFAULT_STEPS[args.sampler] or diffusion.timesteps
     check(args, model, diffusion, steps)
     test = load_images(args.dataset, "test", args.data_dir)
-    if test.x.shape[1:] != (model.config["image_channels"], model.config["size"], model.config["size"]):
-        raise UserError(f"--dataset {args.dataset} has other images than those that {path} was trained on")
     run = start_run(args)
     seed_everything(args.seed)
     labels = wanted_labels(args.n, model.n_classes if args.guidance else None, args.label)
     how = {"eta": args.eta, "guidance": args.guidance}
     images, seconds = draw_all(diffusion, model, labels, args.sampler, steps, args, device, **how)
     images = images[:, 0] if images.shape[1] == 1 else images.transpose(0, 2, 3, 1)
-    save_arrays(run.path("samples.npz"), images=images, labels=labels)
+    made_by = fingerprint(model)
+    save_arrays(run.path("samples.npz"), images=images, labels=labels, model=made_by)
     rate = len(images) * steps / seconds
     save_figure(
         draw_grid(images, f"{state['title']}: {steps} steps of {NAMES[args.sampler]}", seconds / len(images)),
@@ -94,6 +93,7 @@ def main(argv=None) -> dict:
     save_figure(draw_noising(diffusion, torch.from_numpy(test.x[:1]), args.seed), run.path("noising.png"))
     return run.finish(
         {
+            "model": made_by,
             "samples": len(images),
             "sampler": args.sampler,
             "steps": steps,
@@ -115,6 +115,8 @@ def check(args: argparse.Namespace, model: UNet, diffusion: GaussianDiffusion, s
         raise UserError(f"--eta {args.eta:g} is DDIM's, not {args.sampler}'s")
     if model.n_classes is None and (args.label is not None or args.guidance != 1):
         raise UserError("--label and --guidance need a conditional model: train_ddpm.py --conditional")
+    if args.label is not None and not args.guidance:
+        raise UserError("--guidance 0 draws no class: leave --label out")
     if args.label is not None and args.label >= model.n_classes:
         raise UserError(f"--label {args.label}: the classes are 0 to {model.n_classes - 1}")
 
@@ -135,7 +137,8 @@ def guided(model: UNet, labels: Tensor | None, guidance: float) -> Model:
     both = torch.cat([labels, torch.full_like(labels, model.n_classes)])
 
     def call(x_t: Tensor, t: Tensor) -> Tensor:
-        with_label, without = model(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).chunk(2)
+        # In float32 from here: bfloat16's rounding would be multiplied by the guidance.
+        with_label, without = model(x_t.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
         return without + guidance * (with_label - without)
 
     return call

@@ -1,12 +1,15 @@
 """How does a network learn to take noise out of images, and at which noise is it hard?
 
-    python ddpm/train_ddpm.py --prediction v --schedule cosine --amp
+    python ddpm/train_ddpm.py --prediction v --schedule cosine --optimizer muon --amp
     python ddpm/train_ddpm.py --conditional --out runs/ddpm/train_conditional
     torchrun --nproc_per_node 2 ddpm/train_ddpm.py --amp
 
 Each update takes images, adds to each the noise of a step drawn for it, and lowers the mean squared error of what the
-UNet says about it (diffusion.py, unet.py) with AdamW, its rate along one cycle. Samples are drawn from a mean of the
-weights over the updates, which moves after them (EMA):  w̄ ← d w̄ + (1 − d) w,  d = min(--ema, (1 + n) / (10 + n)).
+UNet says about it (diffusion.py, unet.py) with AdamW, its rate along one cycle. `--optimizer muon` takes orthogonal
+steps in the convolutions between the first and the last, at `--muon-lr`, and leaves the rest to AdamW
+(shared_utils/muon.py). Samples are drawn from a mean of the weights over the updates, which moves after them (EMA):
+
+    w̄ ← d w̄ + (1 − d) w,   d = min(--ema, (1 + n) / (10 + n))
 
 With `--conditional` the network is also told the digit, but for a part of the images: so it learns the distribution
 with and without, which sampling.py's --guidance plays off against each other. After each epoch the mean weights' loss
@@ -16,7 +19,8 @@ anything else is left.
 
 Writes ema.pth, last.pth, loss_plot.png, history.csv, metrics.json, and samples_epoch_NNN as pictures.
 With --resume a run that was stopped goes on from its last whole epoch and ends with the same weights.
-Sources: Ho, Jain and Abbeel 2020; Ho and Salimans 2022 (classes left out); Polyak and Juditsky 1992 (mean weights).
+Sources: Ho, Jain and Abbeel 2020; Ho and Salimans 2022 (classes left out); Polyak and Juditsky 1992 (mean weights);
+Jordan et al. 2024 (Muon).
 Shapes: B images of a batch (B, C, H, W), t int64 (B,).
 """
 
@@ -29,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.diffusion import PREDICTIONS, SCHEDULES, GaussianDiffusion
-from ddpm.inputs import Part, add_data_flags, load, scaled, shades
+from ddpm.inputs import Data, Part, add_data_flags, load, scaled, shades
 from ddpm.unet import UNet
 from shared_utils import checkpoint
 from shared_utils.cli import UserError, fraction, make_parser, positive_float, positive_int, run_main
@@ -37,6 +41,7 @@ from shared_utils.data import minibatches
 from shared_utils.device import autocast
 from shared_utils.distributed import World, main_first, process_group, shard, total, wrap
 from shared_utils.modes import evaluating
+from shared_utils.muon import Muon
 from shared_utils.plotting import image_grid, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.schedules import one_cycle
@@ -48,7 +53,7 @@ GRID, GRID_STEPS = 8, 20  # samples of a picture in each direction; DPM-Solver++
 
 def build_parser():
     """The command line."""
-    quick = {"val_size": 300, "epochs": 2, "batch_size": 32, "channels": [32, 32], "timesteps": 100, "val_images": 100}
+    quick = {"epochs": 2, "batch_size": 32, "channels": [32, 32], "timesteps": 100, "val_images": 100}
     parser = make_parser(__doc__, quick=quick)
     add_data_flags(parser)
     parser.add_argument("--timesteps", type=positive_int, default=1000, help="steps from image to noise, 50 or more")
@@ -59,7 +64,9 @@ def build_parser():
     parser.add_argument("--drop-label", type=fraction, default=0.1, help="part of the images that go without theirs")
     parser.add_argument("--epochs", type=positive_int, default=20, help="passes through the training images")
     parser.add_argument("--batch-size", type=positive_int, default=128, help="images per update")
-    parser.add_argument("--lr", type=positive_float, default=2e-3, help="the highest learning rate")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of the convolutions")
+    parser.add_argument("--lr", type=positive_float, default=2e-3, help="AdamW's highest learning rate")
+    parser.add_argument("--muon-lr", type=positive_float, default=0.02, help="Muon's, in units of singular values")
     parser.add_argument("--ema", type=fraction, default=0.999, help="how much of the mean weights an update leaves")
     parser.add_argument("--val-images", type=positive_int, default=2000, help="held-out images in each epoch's loss")
     parser.add_argument("--sample-every", type=positive_int, default=5, help="epochs between two pictures of samples")
@@ -85,6 +92,12 @@ def train(args: argparse.Namespace, world: World) -> dict:
         raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes")
     if args.batch_size > len(data.train):
         raise UserError(f"--batch-size {args.batch_size}: there are {len(data.train)} images to train on")
+    if min(args.val_images, len(data.val)) < LEVELS:
+        raise UserError(
+            f"--val-images {args.val_images}: the loss is measured at {LEVELS} levels, with images for each"
+        )
+    if args.conditional and not args.drop_label:
+        raise UserError("--drop-label 0: the network is also asked without a label, and has to learn that")
     diffusion = GaussianDiffusion(args.timesteps, args.schedule, args.prediction)
     seed_everything(args.seed)
     _, channels, size, width = data.train.x.shape
@@ -98,24 +111,27 @@ def train(args: argparse.Namespace, world: World) -> dict:
     ema.load_state_dict(model.state_dict())
     ddp = wrap(model, world)
     network = torch.compile(ddp) if args.compile else ddp  # what is trained; `model` holds its weights
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
+    optimizers = make_optimizers(model, args)
     per_epoch = len(x) // args.batch_size  # what is left over waits for another epoch's order
     updates = args.epochs * per_epoch
     losses, levels = torch.zeros(updates), torch.zeros(args.epochs, LEVELS)
     first, seconds = 0, 0.0
-    about = {"title": data.title, "config": model.config | {"timesteps": args.timesteps, "schedule": args.schedule}}
-    about["config"] |= {"prediction": args.prediction}
+    process = {"timesteps": args.timesteps, "schedule": args.schedule, "prediction": args.prediction}
+    learned = {"dataset": args.dataset, "val_size": len(data.val)}
+    about = {"title": data.title, "config": {**model.config, **process, **learned}}
 
     if args.resume and run.path("last.pth").exists():
         state = checkpoint.load(run.path("last.pth"), expect=about["config"])
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         first, seconds = state["epoch"], state["seconds"]
         losses[: first * per_epoch], levels[:first] = state["losses"], state["levels"]
     if args.resume:
         run.rewind(first)
 
+    flag = "--lr or --muon-lr" if args.optimizer == "muon" else "--lr"
     for epoch in range(first, args.epochs):
         started = time.perf_counter()
         order = np.random.default_rng([args.seed, epoch])
@@ -123,27 +139,28 @@ def train(args: argparse.Namespace, world: World) -> dict:
         for update, batch in enumerate(batches, start=epoch * per_epoch):
             # What is random in an update follows from seed and update, for the whole batch: processes share it out.
             torch.manual_seed(int(np.random.SeedSequence([args.seed, update]).generate_state(1)[0]))
-            lr = one_cycle(update, updates, args.lr, rise=0.1)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = one_cycle(update, updates, group["peak"], rise=0.1)
             loss = update_loss(diffusion, network, x, y, batch, n_classes, args, world)
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             follow(ema, model, min(args.ema, (1 + update) / (10 + update)))
-            losses[update] = loss.detach()
+            losses[update] = loss.item()
+            check_finite(losses[update], update + 1, args.lr, flag)
         seconds += time.perf_counter() - started
-        trained = total(losses[update + 1 - per_epoch : update + 1].mean(), world).item() / world.size
-        check_finite(trained, update + 1, lr)
+        trained = total(losses[epoch * per_epoch : update + 1].mean().to(device), world).item() / world.size
         if not world.is_main:
             continue
         levels[epoch] = losses_by_level(diffusion, ema, data.val, args.val_images, args.amp)
-        run.log(
-            epoch=epoch + 1, lr=lr, train_loss=trained, val_loss=levels[epoch].mean().item(), seconds=round(seconds, 1)
-        )
+        row = {"epoch": epoch + 1, "train_loss": trained, "val_loss": levels[epoch].mean().item()}
+        run.log(**row, seconds=round(seconds, 1))
         done = {"epoch": epoch + 1, "seconds": seconds}
-        state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), **done}
+        state = {"model": model.state_dict(), "ema": ema.state_dict(), **done}
+        state |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
         state |= {"losses": losses[: update + 1], "levels": levels[: epoch + 1]}
         checkpoint.save(run.path("last.pth"), **about, **state)
         checkpoint.save(run.path("ema.pth"), **about, **done, model=ema.state_dict())
@@ -152,7 +169,18 @@ def train(args: argparse.Namespace, world: World) -> dict:
 
     if not world.is_main:
         return {}
-    return finish(args, run, model, losses, levels, seconds, data.title)
+    return finish(args, run, model, losses, levels, seconds, data)
+
+
+def make_optimizers(model: UNet, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon if it has the convolutions between the first and the last. A group's "peak": its highest rate."""
+    within = [p for name, p in model.named_parameters() if p.ndim == 4 and not name.startswith(("first.", "last."))]
+    of_muon = {id(p) for p in within} if args.optimizer == "muon" else set()
+    rest = [p for p in model.parameters() if id(p) not in of_muon]
+    optimizers = [torch.optim.AdamW([{"params": rest, "peak": args.lr}], betas=(0.9, 0.99), fused=True)]
+    if of_muon:  # its convolutions begin at 0 where a block ends, so their norms are free
+        optimizers.append(Muon([{"params": within, "peak": args.muon_lr}], args.muon_lr, momentum=0.9, hold_norm=False))
+    return optimizers
 
 
 def update_loss(
@@ -181,7 +209,7 @@ def update_loss(
 
 @torch.no_grad()
 def follow(ema: nn.Module, model: nn.Module, decay: float) -> None:
-    """w̄ ← d w̄ + (1 − d) w for every weight. (The UNet has nothing else: a schedule in it would be averaged too.)"""
+    """w̄ ← d w̄ + (1 − d) w for every weight. (The UNet has no buffers, which would stay as they were.)"""
     for mean, weight in zip(ema.parameters(), model.parameters(), strict=True):
         mean.lerp_(weight, 1 - decay)
 
@@ -220,12 +248,12 @@ def draw_samples(diffusion: GaussianDiffusion, model: UNet, args: argparse.Names
 
 
 def finish(
-    args: argparse.Namespace, run: Run, model: UNet, losses: Tensor, levels: Tensor, seconds: float, title: str
+    args: argparse.Namespace, run: Run, model: UNet, losses: Tensor, levels: Tensor, seconds: float, data: Data
 ) -> dict:
     """The figure and the metrics."""
     rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
     size = sum(p.numel() for p in model.parameters())
-    about = f"{title}, {size:,} parameters, {args.schedule} schedule, T = {args.timesteps}"
+    about = f"{data.title}, {size:,} parameters, {args.schedule} schedule, T = {args.timesteps}"
     save_figure(draw_losses(losses.numpy(), levels.numpy(), rows, args, about), run.path("loss_plot.png"))
     images = args.epochs * (len(losses) // args.epochs) * args.batch_size
     return run.finish(
@@ -235,6 +263,8 @@ def finish(
             "schedule": args.schedule,
             "prediction": args.prediction,
             "conditional": args.conditional,
+            "optimizer": args.optimizer,
+            "train_images": len(data.train),
             "epochs": args.epochs,
             "updates": len(losses),
             "train_loss": rows[-1]["train_loss"],

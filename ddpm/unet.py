@@ -130,8 +130,7 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """See the class."""
-        time = self.time[0](time_embedding(t, self.embedded))
-        time = self.time[1:](time)  # (B, E)
+        time = self.time(time_embedding(t, self.embedded))  # (B, E)
         if self.n_classes is not None:
             if labels is None:
                 labels = torch.full_like(t, self.n_classes)

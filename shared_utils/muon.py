@@ -1,6 +1,6 @@
 """Muon: momentum whose matrices are made orthogonal before the step.
 
-    M ← μ M + G,   O ≈ U Vᵀ with G + μ M = U Σ Vᵀ (Nesterov),   W ← √rows · W / ‖W‖_F − η O
+    M ← μ M + G,   O ≈ U Vᵀ with G + μ M = U Σ Vᵀ (Nesterov),   W ← √rows · W / ‖W‖_F − η O,  or  W ← W − η O
 
 A gradient of a layer's weights has a few large singular values; U Vᵀ has them all equal to 1, so that directions which
 the gradient hardly shows are learned as fast as the others. No singular value decomposition is needed: an odd
@@ -36,11 +36,12 @@ def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for the weights of convolutions and of hidden linear layers; the rest is for another optimizer.
 
-    lr: how far a step goes, in units of the weights' singular values. momentum: μ.
+    lr: how far a step goes, in units of the weights' singular values. momentum: μ. hold_norm: put ‖W‖_F at √rows before
+    each step; without it weights may begin at 0.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.6):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(self, params, lr: float, momentum: float = 0.6, hold_norm: bool = True):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "hold_norm": hold_norm})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -55,5 +56,6 @@ class Muon(torch.optim.Optimizer):
                 momentum = state["momentum"].mul_(group["momentum"]).add_(weight.grad)
                 ahead = weight.grad.add(momentum, alpha=group["momentum"])  # Nesterov
                 update = orthogonalize(ahead.flatten(1)).view_as(weight)
-                weight.mul_(len(weight) ** 0.5 / weight.norm())
+                if group["hold_norm"]:
+                    weight.mul_(len(weight) ** 0.5 / weight.norm())
                 weight.add_(update, alpha=-group["lr"])

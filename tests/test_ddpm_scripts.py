@@ -16,7 +16,9 @@ from ddpm.inputs import load, scaled, shades
 from ddpm.unet import UNet
 from shared_utils import checkpoint
 from shared_utils.data import load_images
+from shared_utils.muon import Muon
 from shared_utils.runs import ROOT, Run, read_json
+from shared_utils.schedules import one_cycle
 
 CPU = torch.device("cpu")
 TRAIN = ["--dataset", "digits", "--device", "cpu", "--val-size", 1200, "--epochs", 3, "--batch-size", 64]
@@ -53,14 +55,15 @@ def test_training_writes_mean_weights_that_know_something(runs_dir):
     folder = runs_dir / "ddpm" / "train_ddpm"
     metrics, rows = read_json(folder / "metrics.json"), (folder / "history.csv").read_text().splitlines()
     assert len(rows) == 1 + 3
-    assert float(rows[3].split(",")[3]) < float(rows[1].split(",")[3]) < 2  # held-out loss
+    assert float(rows[3].split(",")[2]) < float(rows[1].split(",")[2]) < 2  # held-out loss
     assert np.mean(metrics["val_loss_by_level"]) == pytest.approx(metrics["val_loss"])
     assert {path.name for path in folder.glob("*.png")} == {
         "loss_plot.png",
         "samples_epoch_002.png",
         "samples_epoch_003.png",
     }
-    model, diffusion, state = load_model(folder / "ema.pth", CPU)
+    asked = sampling.build_parser().parse_args(["--ckpt", str(folder / "ema.pth"), "--dataset", "digits"])
+    model, diffusion, state = load_model(asked, CPU, val_size=1200)
     assert (diffusion.timesteps, diffusion.schedule, diffusion.prediction) == (50, "cosine", "v")
     args = train_ddpm.build_parser().parse_args([str(flag) for flag in TRAIN])
     levels = train_ddpm.losses_by_level(diffusion, model, load(args).val, 60, amp=False)
@@ -88,9 +91,37 @@ def test_the_mean_follows_the_weights():
         torch.testing.assert_close(found, 0.9 * old + 0.1 * new)
 
 
-@pytest.mark.parametrize("stop_after", [1, 2])
-def test_a_stopped_training_ends_with_the_same_weights(stop_after, tmp_path, stopped):
-    flags = [*TRAIN, "--conditional"]
+def test_muon_has_the_convolutions_within_and_adamw_the_rest():
+    network = UNet(8, channels=(32, 32), n_classes=3)
+    for flags, n in (([], 1), (["--optimizer", "muon", "--lr", "0.5", "--muon-lr", "0.25"], 2)):
+        optimizers = train_ddpm.make_optimizers(network, train_ddpm.build_parser().parse_args(flags))
+        held = [{id(p) for group in each.param_groups for p in group["params"]} for each in optimizers]
+        assert len(held) == n
+        assert sum(map(len, held)) == len(set.union(*held)) == len(list(network.parameters()))
+    inner = {name for name, p in network.named_parameters() if id(p) in held[1]}
+    assert {"first.weight", "last.weight"} & inner == set()
+    assert {"smaller.weight", "down_large.conv1.weight", "attention.qkv.weight", "up_small.skip.weight"} <= inner
+    assert [each.param_groups[0]["peak"] for each in optimizers] == [0.5, 0.25]
+
+
+def test_both_optimizers_follow_the_cycle(tmp_path, monkeypatch):
+    rates = {"AdamW": [], "Muon": []}
+    for kind, found in ((torch.optim.AdamW, rates["AdamW"]), (Muon, rates["Muon"])):
+
+        def look(self, *given, before=kind.step, found=found):
+            found.append(self.param_groups[0]["lr"])
+            return before(self, *given)
+
+        monkeypatch.setattr(kind, "step", look)
+    ran(train_ddpm, *TRAIN, "--epochs", 1, "--optimizer", "muon", "--lr", 0.004, "--muon-lr", 0.02, "--out", tmp_path)
+    n = read_json(tmp_path / "metrics.json")["updates"]
+    assert rates["AdamW"] == pytest.approx([one_cycle(i, n, 0.004, rise=0.1) for i in range(n)])
+    assert rates["Muon"] == pytest.approx([one_cycle(i, n, 0.02, rise=0.1) for i in range(n)])
+
+
+@pytest.mark.parametrize(("stop_after", "optimizer"), [(1, "adamw"), (2, "muon")])
+def test_a_stopped_training_ends_with_the_same_weights(stop_after, optimizer, tmp_path, stopped):
+    flags = [*TRAIN, "--conditional", "--optimizer", optimizer]
     ran(train_ddpm, *flags, "--out", tmp_path / "whole")
     stopped(stop_after, lambda: ran(train_ddpm, *flags, "--out", tmp_path / "stopped"))
     ran(train_ddpm, *flags, "--out", tmp_path / "stopped", "--resume")
@@ -175,13 +206,16 @@ def test_one_label_is_drawn_alone(runs_dir, tmp_path):
     assert np.load(tmp_path / "samples.npz")["labels"].tolist() == [7] * 4
 
 
-def test_mistakes_get_one_line(runs_dir, tmp_path, fails, pictures):
+def test_mistakes_get_one_line(runs_dir, tmp_path, fails):
     out = tmp_path / "out"
     train = [*TRAIN, "--out", out]
     for flags, said in (
         (["--timesteps", 49], "50 steps or more, got 49"),
         (["--channels", 32, 33], "multiples of 32"),
         (["--val-size", 10**6], "--val-size 1000000"),
+        (["--val-size", 9], "10 or more are held out"),
+        (["--val-images", 9], "measured at 10 levels"),
+        (["--conditional", "--drop-label", 0], "--drop-label 0"),
         (["--batch-size", 10**6], "--batch-size 1000000"),
         (["--lr", 1e30], "try a lower --lr"),
     ):
@@ -193,7 +227,8 @@ def test_mistakes_get_one_line(runs_dir, tmp_path, fails, pictures):
         (["--sampler", "dpm", "--eta", 0.5], "is DDIM's"),
         (["--label", 10], "the classes are 0 to 9"),
         (["--ckpt", tmp_path / "none.pth"], "no checkpoint at"),
-        (["--dataset", "shapes"], "has other images"),
+        (["--dataset", "shapes"], "was trained with --dataset digits, not shapes"),
+        (["--label", 3, "--guidance", 0], "draws no class"),
     ):
         assert said in fails(sampling, [*given, *flags], tmp_path / "s")
     checkpoint.save(tmp_path / "x.pth", config={"network": "vae"}, model={})
@@ -210,14 +245,14 @@ def test_mistakes_get_one_line(runs_dir, tmp_path, fails, pictures):
 def evaluated(runs_dir):
     given = ["--dataset", "digits", "--runs-dir", runs_dir, "--device", "cpu"]
     ran(sampling, *given, "--n", 40, "--steps", 5)
-    flags = ["--val-size", 300, "--epochs", 2, "--compared", 30, "--level-images", 15, "--bound-images", 5]
+    flags = ["--val-size", 1200, "--epochs", 2, "--compared", 30, "--level-images", 15, "--bound-images", 5]
     return runs_dir / "ddpm", ran(evaluate, *given, *flags)
 
 
 def test_what_is_measured_is_measured_on_the_samples(evaluated):
     folder, metrics = evaluated
     images = np.load(folder / "sampling" / "samples.npz")["images"]
-    args = evaluate.build_parser().parse_args(["--dataset", "digits", "--val-size", "300"])
+    args = evaluate.build_parser().parse_args(["--dataset", "digits", "--val-size", "1200"])
     data = load(args)
     network = features.trained(data.train, 10, 2, 0, CPU)
     (samples, probabilities), (test, _), (real, _) = (
@@ -251,18 +286,23 @@ def test_a_memoriser_is_best_on_training_images_alone(evaluated):
 
 
 def test_what_are_no_samples_gets_one_line(runs_dir, evaluated, tmp_path, fails):
-    given = ["--dataset", "digits", "--runs-dir", runs_dir, "--device", "cpu", "--val-size", 300]
+    given = ["--dataset", "digits", "--runs-dir", runs_dir, "--device", "cpu", "--val-size", 1200]
     given += ["--out", tmp_path / "out", "--samples"]
-    np.savez(tmp_path / "few.npz", images=np.zeros((3, 28, 28), np.uint8), labels=np.zeros(3))
-    np.savez(tmp_path / "small.npz", images=np.zeros((30, 14, 14), np.uint8), labels=np.zeros(30))
+    np.savez(tmp_path / "few.npz", images=np.zeros((3, 28, 28), np.uint8), labels=np.zeros(3), model="x")
+    np.savez(tmp_path / "small.npz", images=np.zeros((30, 14, 14), np.uint8), labels=np.zeros(30), model="x")
+    np.savez(tmp_path / "foreign.npz", images=np.zeros((30, 28, 28), np.uint8), labels=np.zeros(30), model="x")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     for name, said in (
         ("few", "draw 10 or more"),
         ("small", "not images like"),
-        ("other", "lacks images, labels"),
+        ("other", "lacks images, labels, model"),
+        ("foreign", "drawn by another model"),
         ("none", "no such file"),
     ):
         assert said in fails(evaluate, [*given, tmp_path / f"{name}.npz"], tmp_path / "out")
+    said = "was trained with --val-size 1200, not 300"  # the images held out here were learned there
+    for script in (evaluate, fid_vs_steps):
+        assert said in fails(script, [*given[:-1], "--val-size", 300], tmp_path / "out")
 
 
 def test_the_benchmark_says_what_it_timed(tmp_path):
@@ -276,7 +316,7 @@ def test_the_benchmark_says_what_it_timed(tmp_path):
 
 
 def test_every_number_of_steps_is_measured_and_a_stopped_study_goes_on(runs_dir, tmp_path, monkeypatch):
-    given = ["--dataset", "digits", "--runs-dir", runs_dir, "--device", "cpu", "--val-size", 300, "--epochs", 1]
+    given = ["--dataset", "digits", "--runs-dir", runs_dir, "--device", "cpu", "--val-size", 1200, "--epochs", 1]
     given += ["--steps", 4, 2, "--n", 30, "--batch-size", 20]
     whole = ran(fid_vs_steps, *given, "--out", tmp_path / "whole")
     found = [(row["sampler"], row["steps"]) for row in whole["points"]]

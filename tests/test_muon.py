@@ -47,20 +47,21 @@ def exactly(matrix):
     return (u @ vh).to(matrix.dtype)
 
 
+@pytest.mark.parametrize("hold_norm", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_muon_follows_its_equation_and_goes_on_from_its_state(layout, monkeypatch):
+def test_muon_follows_its_equation_and_goes_on_from_its_state(layout, hold_norm, monkeypatch):
     monkeypatch.setattr(muon, "orthogonalize", exactly)
     rng, momentum = np.random.default_rng(0), np.zeros((6, 36))
     weight = nn.Parameter(torch.from_numpy(rng.standard_normal((6, 4, 3, 3))).float().to(memory_format=layout))
     bystander, w = nn.Parameter(torch.ones(3, 3)), weight.detach().double().numpy().reshape(6, 36)
-    optimizer = Muon([weight, bystander], lr=0.3, momentum=0.8)
+    optimizer = Muon([weight, bystander], lr=0.3, momentum=0.8, hold_norm=hold_norm)
     for step in range(5):
         g = rng.standard_normal((6, 36))
         weight.grad = torch.from_numpy(g.reshape(6, 4, 3, 3)).float()
         optimizer.step()
         momentum = 0.8 * momentum + g
         u, _, vh = np.linalg.svd(g + 0.8 * momentum, full_matrices=False)
-        w = np.sqrt(6) * w / np.linalg.norm(w) - 0.3 * u @ vh
+        w = (np.sqrt(6) * w / np.linalg.norm(w) if hold_norm else w) - 0.3 * u @ vh
         np.testing.assert_allclose(weight.detach().reshape(6, 36), w, rtol=0, atol=1e-5)
         if step == 2:
             state, optimizer = optimizer.state_dict(), Muon([weight, bystander], lr=9, momentum=0.1)
