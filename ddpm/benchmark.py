@@ -3,16 +3,18 @@
     python ddpm/benchmark.py
     python ddpm/benchmark.py --device cuda --batch-size 256 --repeats 20
 
-An update is forward, backward, clipping, AdamW and the mean weights' step, as in train_ddpm.py; an image-step is one
-image through the network once, without gradients, as in sampling.py. The peer is the UNet that is common for 28×28
-digits, built here: 32, 64 and 128 channels at 28×28, 14×14 and 7×7, two blocks and full attention of four heads at each
-size. Both in float32 and in bfloat16; the peer as it is usual (channels first), the network here channels last. The
-quality that goes with the speed is evaluate.py's to measure.
+An update is forward, backward, clipping, the optimizer (here Muon, for the peer AdamW) and the mean weights' step, as
+train_ddpm.py makes it; an image-step is one image through the network once, without gradients, as in sampling.py. The
+peer is the UNet that is common for 28×28 digits, built here: dim 32, multipliers 1, 2 and 4 at 28×28, 14×14 and 7×7,
+two blocks and full attention of four heads at each size, on the way down and up. Both in float32 and in bfloat16; the
+peer channels first, as is usual, the network here channels last. The quality that goes with the speed is evaluate.py's.
 
-Each is measured `--repeats` times, one after the other; the least time counts.
+All are measured in turn, `--repeats` times; of each the least time counts.
 Writes speed.png, metrics.json. Shapes: B images of a batch.
 """
 
+import argparse
+import copy
 import math
 import time
 from collections.abc import Callable
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpm.diffusion import GaussianDiffusion
-from ddpm.train_ddpm import follow
+from ddpm.train_ddpm import follow, make_optimizers
 from ddpm.unet import Block, UNet, time_embedding
 from shared_utils.cli import make_parser, positive_int, run_main
 from shared_utils.device import autocast, pick_device
@@ -110,18 +112,16 @@ def main(argv=None) -> dict:
     seed_everything(args.seed)
     ours = UNet().to(device, memory_format=torch.channels_last)
     networks = {OURS: ours, PEER: PeerUNet().to(device)}
-    calls: dict[str, Callable] = {}
+    calls: dict[tuple[str, str], Callable[[], None]] = {}
     for name, network in networks.items():
         for kind, amp in (("float32", False), ("bfloat16", True)):
-            calls[f"{name}, {kind}"] = (
-                training_call(network, args.batch_size, amp, device),
-                step_call(network, args.batch_size, amp, device),
-            )
+            calls[f"{name}, {kind}", "images_per_second"] = training_call(network, args.batch_size, amp, device)
+            calls[f"{name}, {kind}", "image_steps_per_second"] = step_call(network, args.batch_size, amp, device)
+    least = least_seconds(calls, args.repeats)
     rows = []
-    for what, (train, step) in calls.items():
-        rows.append({"what": what, "images_per_second": 0.0, "image_steps_per_second": 0.0})
-        for key, call in (("images_per_second", train), ("image_steps_per_second", step)):
-            rows[-1][key] = args.batch_size / least_seconds(call, args.repeats)
+    for what in dict.fromkeys(what for what, _ in calls):
+        speeds = {key: args.batch_size / least[what, key] for key in ("images_per_second", "image_steps_per_second")}
+        rows.append({"what": what, **speeds})
         run.log(**rows[-1])
     by_name = {row["what"]: row for row in rows}
     best, usual = by_name[f"{OURS}, bfloat16"], by_name[f"{PEER}, float32"]
@@ -138,17 +138,21 @@ def main(argv=None) -> dict:
 def training_call(network: nn.Module, batch_size: int, amp: bool, device: torch.device) -> Callable[[], None]:
     """An update of train_ddpm.py as a call."""
     diffusion, x = GaussianDiffusion(1000, "cosine", "v"), torch.rand(batch_size, 1, 28, 28, device=device) * 2 - 1
-    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
-    mean = type(network)().to(device)
+    if isinstance(network, UNet):
+        optimizers = make_optimizers(network, argparse.Namespace(optimizer="muon", lr=1e-4, muon_lr=1e-3))
+    else:
+        optimizers = [torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)]
+    mean = copy.deepcopy(network)
 
     def call() -> None:
         network.train()
         with autocast(device, amp):
             loss = diffusion.loss(network, x)
-        optimizer.zero_grad()
+        network.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         follow(mean, network, 0.999)
         loss.item()  # waits for a GPU
 
@@ -168,14 +172,15 @@ def step_call(network: nn.Module, batch_size: int, amp: bool, device: torch.devi
     return call
 
 
-def least_seconds(call: Callable, repeats: int) -> float:
-    """The least time of `repeats` calls, after one to warm up."""
-    least = math.inf
+def least_seconds(calls: dict, repeats: int) -> dict:
+    """The least time of `repeats` of each call, after one to warm up; in turn, so that other load meets them alike."""
+    least = dict.fromkeys(calls, math.inf)
     for repeat in range(repeats + 1):
-        started = time.perf_counter()
-        call()
-        if repeat:
-            least = min(least, time.perf_counter() - started)
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if repeat:
+                least[name] = min(least[name], time.perf_counter() - started)
     return least
 
 

@@ -9,7 +9,9 @@ gives the features (features.py), and as many real images that were held out the
 two kinds: its most probable pixels, and pixels drawn with the probabilities that it gives them, as its likelihood is.
 
 A training is stable when its loss on images held out falls from one look to the next: how often did it rise, and how
-far? The likelihoods are of different images, bits of black or white and shades of 256: neither number is the better.
+far? The VAE's is looked at often, with its weights as they are and new draws each time; the diffusion's after an epoch,
+with its mean weights and always the same noise, which is steadier by itself. The likelihoods are of different images,
+bits of black or white and shades of 256: neither number is the better.
 
 Reads what vae/train.py, vae/sample.py, vae/evaluate.py and here train_ddpm.py, sampling.py, evaluate.py wrote.
 Writes side_by_side.png, metrics.json (in it the table of both). Source: Heusel et al. 2017 (the distance).
@@ -22,7 +24,7 @@ import numpy as np
 
 from ddpm.evaluate import distances
 from ddpm.features import seen, trained
-from ddpm.inputs import Data, Part, add_data_flags, load
+from ddpm.inputs import FEWEST, Data, Part, add_data_flags, load
 from shared_utils.checkpoint import load_arrays
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.data import binarize, downsample
@@ -61,8 +63,10 @@ def main(argv=None) -> dict:
             find_output(args, runs[0], "history.csv", experiment), delimiter=",", names=True, ndmin=1
         )
         losses[name] = history["val_kl"] - history["val_reconstruction"] if name == VAE else history["val_loss"]
+    if args.n < FEWEST:
+        raise UserError(f"--n {args.n}: a distance needs {FEWEST} images or more")
     data = load(args)
-    images, large = samples_of(args, data)
+    images, large = samples_of(args, data, about[DIFFUSION][-1]["model"])
     run = start_run(args)
     train, val, test = (coarse(part.x) for part in (data.train, data.val, data.test))
     classifier = trained(Part(train, data.train.y), len(data.classes), args.epochs, args.seed, device)
@@ -89,24 +93,27 @@ def main(argv=None) -> dict:
     )
 
 
-def samples_of(args: argparse.Namespace, data: Data) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def samples_of(args: argparse.Namespace, data: Data, model: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """What is compared, uint8 (N, 1, S, S) of 0 and 255, and the diffusion's images as they are, (N, 1, 2 S, 2 S).
 
-    Errors: `UserError` when a file is missing, or holds other images.
+    model: the fingerprint of the one that evaluate.py measured. Errors: `UserError` when a file is missing, holds other
+    images, or the diffusion's were drawn by another model.
     """
     files = {
         "vae": find_output(args, "sample", "samples.npz", "vae"),
         "ddpm": find_output(args, "sampling", "samples.npz"),
     }
-    small, large = load_arrays(files["vae"], ["images", "draws"]), load_arrays(files["ddpm"], ["images"])
+    small, large = load_arrays(files["vae"], ["images", "draws"]), load_arrays(files["ddpm"], ["images", "model"])
     side = data.test.x.shape[-1]
     for key, x, wanted in (
         ("vae", small["images"], side // 2),
         ("vae", small["draws"], side // 2),
         ("ddpm", large["images"], side),
     ):
-        if x.dtype != np.uint8 or x.shape[1:] != (wanted, wanted) or len(x) < 10:
-            raise UserError(f"{files[key]} holds {x.dtype} {x.shape}, not ten or more images of {wanted}×{wanted}")
+        if x.dtype != np.uint8 or x.shape[1:] != (wanted, wanted) or len(x) < FEWEST:
+            raise UserError(f"{files[key]} holds {x.dtype} {x.shape}, not {FEWEST} or more images of {wanted}×{wanted}")
+    if str(large["model"]) != model:
+        raise UserError(f"{files['ddpm']} was drawn by another model than evaluate.py measured: run evaluate.py again")
     large = large["images"][:, None]
     return {VAE: small["images"][:, None], DRAWN: small["draws"][:, None], DIFFUSION: coarse(large)}, large
 
@@ -116,13 +123,10 @@ def coarse(x: np.ndarray) -> np.ndarray:
     return 255 * binarize(downsample(x))
 
 
-def steadiness(loss: np.ndarray) -> tuple[float, float]:
-    """Of a held-out loss, look after look: the part of the looks at which it rose, and its largest rise.
-
-    A rise is in parts of the loss before it. With a single look both are 0.
-    """
+def steadiness(loss: np.ndarray) -> tuple[int, int, float]:
+    """Of a held-out loss: looks at which it rose, all looks but the first, the largest rise in parts of the loss."""
     rises = np.diff(loss) / np.abs(loss[:-1])
-    return float((rises > 0).mean()) if len(rises) else 0.0, float(rises.max(initial=0.0))
+    return int((rises > 0).sum()), len(rises), float(rises.max(initial=0.0))
 
 
 def table(about: dict, quality: dict[str, dict], stability: dict, data: Data) -> list[dict]:
@@ -138,7 +142,9 @@ def table(about: dict, quality: dict[str, dict], stability: dict, data: Data) ->
         name = {"frechet": "Fréchet distance"}.get(key, key)
         real = format(quality[VAE][f"{key}_of_real"], spec)
         rows.append((f"quality: {name} (real images {real})", f"{mine}; pixels drawn {drawn}", other))
-    rose = [f"rose at {share:.0%} of the looks, by {rise:.1%} at most" for share, rise in map(stability.get, READ)]
+    rose = [
+        f"rose at {rises} of {looks} looks, by {most:.1%} at most" for rises, looks, most in map(stability.get, READ)
+    ]
     rows += [
         ("stability: the held-out loss", *rose),
         (
@@ -149,7 +155,7 @@ def table(about: dict, quality: dict[str, dict], stability: dict, data: Data) ->
         (
             "speed: training",
             f"{train['training_seconds']:.0f} s, {train['parameters']:,} parameters, {train['train_images']:,} images",
-            f"{train_ddpm['training_seconds']:.0f} s, {train_ddpm['parameters']:,}, {len(data.train):,}",
+            f"{train_ddpm['training_seconds']:.0f} s, {train_ddpm['parameters']:,}, {train_ddpm['train_images']:,}",
         ),
         ("speed: 1,000 images", f"{1000 * each_vae:.4f} s", f"{1000 * each_ddpm:.1f} s"),
     ]

@@ -25,7 +25,7 @@ import torch
 
 from ddpm.checkpoints import fingerprint, load_model
 from ddpm.diffusion import GaussianDiffusion, Model
-from ddpm.features import covered, frechet_distance, nearest, seen, trained
+from ddpm.features import covered, frechet_distance, frechet_error, nearest, seen, trained
 from ddpm.inputs import FEWEST, Data, add_data_flags, load, scaled
 from ddpm.likelihood import bits_per_dimension
 from ddpm.memoriser import memoriser
@@ -51,7 +51,7 @@ def build_parser():
     parser.add_argument("--epochs", type=positive_int, default=5, help="of the classifier")
     parser.add_argument("--compared", type=positive_int, default=2000, help="images whose nearest is looked for")
     parser.add_argument("--level-images", type=positive_int, default=200, help="images at each noise level")
-    parser.add_argument("--bound-images", type=positive_int, default=200, help="test images whose bound is computed")
+    parser.add_argument("--bound-images", type=positive_int, default=500, help="test images whose bound is computed")
     return parser
 
 
@@ -70,6 +70,7 @@ def main(argv=None) -> dict:
     for name, x in (("samples", samples), ("real", data.val.x), ("test", data.test.x)):
         features[name], probabilities[name] = seen(classifier, x)
     found = {
+        "frechet_error": frechet_error(features["samples"], features["test"]),
         "accuracy": float((probabilities["test"].argmax(1) == data.test.y).mean()),
         **distances(features),
         **classes(probabilities, labels),
@@ -81,7 +82,9 @@ def main(argv=None) -> dict:
     found |= {f"nearest_of_{name}": float(np.median(distance)) for name, (distance, _) in far.items()}
     save_figure(draw_nearest(samples[some[0]], far, data, found), run.path("nearest.png"))
     levels = losses_at_levels(diffusion, model, data, args.level_images, device)
-    save_figure(draw_levels(diffusion, levels, data.title), run.path("loss_by_level.png"))
+    middle = sorted(levels)[len(levels) // 2]
+    found |= {"middle_step": middle, **generalisation(levels[middle])}
+    save_figure(draw_levels(diffusion, levels, data.title, found), run.path("loss_by_level.png"))
     x0 = scaled(torch.from_numpy(data.test.x[rng.permutation(len(data.test))[: args.bound_images]]).to(device))
     bound = bits_per_dimension(diffusion, model, x0)
     return run.finish(
@@ -90,6 +93,7 @@ def main(argv=None) -> dict:
             "samples": len(samples),
             **found,
             "bits_per_dimension": bound["sum"],
+            "bits_error": bound["standard_error"],
             "bound": bound,
             "levels": [
                 {"step": step, **{name: float(loss) for name, loss in at.items()}} for step, at in levels.items()
@@ -171,6 +175,14 @@ def losses_at_levels(
     return found
 
 
+def generalisation(at: dict[str, float]) -> dict[str, float]:
+    """How many times as wrong each is on test images as on training images, at one level of `losses_at_levels`."""
+    return {
+        f"{who}_on_test_against_training": at[f"{who} on test images"] / max(at[f"{who} on training images"], 1e-12)
+        for who in ("network", "memoriser")
+    }
+
+
 def draw_classes(probabilities: dict[str, np.ndarray], data: Data, found: dict):
     """The share of each class among the samples and the test images; how sure the classifier is of each."""
     figure, axes = new_figure(1, 2, width=10.4, height=4.2)
@@ -189,8 +201,9 @@ def draw_classes(probabilities: dict[str, np.ndarray], data: Data, found: dict):
     right.set(xlabel="images, the least sure first (%)", ylabel="probability of the likeliest class")
     right.legend(loc="lower right")
     figure.suptitle(
-        f"{data.title}: Fréchet distance {found['frechet_of_samples']:.3f}, {found['times_the_floor']:.1f} times real "
-        f"images' own;\nclasses from {found['smallest_share']:.1%} to {found['largest_share']:.1%} of the samples"
+        f"{data.title}: Fréchet distance {found['frechet_of_samples']:.3f} ± {found['frechet_error']:.3f}, "
+        f"{found['times_the_floor']:.1f} times real images' own;\n"
+        f"classes from {found['smallest_share']:.1%} to {found['largest_share']:.1%} of the samples"
     )
     return figure
 
@@ -213,7 +226,7 @@ def draw_nearest(samples: np.ndarray, far: dict, data: Data, found: dict):
     return figure
 
 
-def draw_levels(diffusion: GaussianDiffusion, levels: dict[int, dict[str, float]], title: str):
+def draw_levels(diffusion: GaussianDiffusion, levels: dict[int, dict[str, float]], title: str, found: dict):
     """The error in x_0 of network and memoriser against the noise."""
     figure, axes = new_figure(width=7.6, height=4.6)
     ax, steps = axes[0, 0], list(levels)
@@ -225,14 +238,11 @@ def draw_levels(diffusion: GaussianDiffusion, levels: dict[int, dict[str, float]
     ax.set(xscale="log", yscale="log", xlabel="noise against signal, √((1 − ᾱ) / ᾱ)", ylabel="mean squared error of x̂₀")
     ax.set_ylim(bottom=1e-6)  # what the memoriser knows for certain lies below
     ax.legend(loc="lower right")
-    middle = steps[len(steps) // 2]
-    at = levels[middle]
-    network = at["network on test images"] / at["network on training images"]
-    known = at["memoriser on test images"] / max(at["memoriser on training images"], 1e-12)
-    ax.axvline(noise[len(steps) // 2], color="#999999", linewidth=1, linestyle=":")
+    ax.axvline(noise[steps.index(found["middle_step"])], color="#999999", linewidth=1, linestyle=":")
     figure.suptitle(
-        f"{title}: at step {middle} the network is {network:.2f} times as wrong on test as on training images,\n"
-        f"the memoriser {known:.3g} times"
+        f"{title}: at step {found['middle_step']} the network is "
+        f"{found['network_on_test_against_training']:.2f} times as wrong on test as on training images,\n"
+        f"the memoriser {found['memoriser_on_test_against_training']:.3g} times"
     )
     return figure
 

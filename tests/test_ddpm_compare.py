@@ -29,9 +29,9 @@ def write_runs(top, n=40):
         "vae/train": {"z_dim": 8, "training_seconds": 10.0, "parameters": 5000, "train_images": 900},
         "vae/sample": {"generation_seconds": 0.02, "samples": 40},
         "vae/evaluate": {"bits_per_pixel": 0.25},
-        "ddpm/train_ddpm": {"training_seconds": 100.0, "parameters": 70_000},
+        "ddpm/train_ddpm": {"training_seconds": 100.0, "parameters": 70_000, "train_images": 800},
         "ddpm/sampling": {"steps": 20, "seconds_per_image": 0.004},
-        "ddpm/evaluate": {"bits_per_dimension": 2.5},
+        "ddpm/evaluate": {"bits_per_dimension": 2.5, "model": "m"},
     }
     for name, metrics in files.items():
         (top / name).mkdir(parents=True)
@@ -39,7 +39,7 @@ def write_runs(top, n=40):
     (top / "vae/train/history.csv").write_text("step,val_reconstruction,val_kl\n1,-30,5\n2,-27,6\n3,-26,8\n4,-22,8\n")
     (top / "ddpm/train_ddpm/history.csv").write_text("epoch,val_loss\n1,0.5\n")
     np.savez(top / "vae/sample/samples.npz", images=flipped, draws=small)
-    np.savez(top / "ddpm/sampling/samples.npz", images=x[:, 0], labels=np.full(n, -1))
+    np.savez(top / "ddpm/sampling/samples.npz", images=x[:, 0], labels=np.full(n, -1), model="m")
     return x, small[:, None], flipped[:, None]
 
 
@@ -55,10 +55,10 @@ def test_the_images_are_made_as_the_autoencoders_data():
 
 
 def test_how_often_and_how_far_a_loss_rose():
-    assert compare_vae.steadiness(np.array([4.0, 2.0, 3.0, 3.0, 3.3])) == pytest.approx((0.5, 0.5))
-    assert compare_vae.steadiness(np.array([-4.0, -3.0])) == pytest.approx((1.0, 0.25))
-    assert compare_vae.steadiness(np.array([2.0, 1.0])) == (0, 0)
-    assert compare_vae.steadiness(np.array([2.0])) == (0, 0)
+    assert compare_vae.steadiness(np.array([4.0, 2.0, 3.0, 3.0, 3.3])) == (2, 4, pytest.approx(0.5))
+    assert compare_vae.steadiness(np.array([-4.0, -3.0])) == (1, 1, pytest.approx(0.25))
+    assert compare_vae.steadiness(np.array([2.0, 1.0])) == (0, 1, 0)
+    assert compare_vae.steadiness(np.array([2.0])) == (0, 0, 0)
 
 
 def test_all_are_measured_in_the_same_way(tmp_path):
@@ -81,8 +81,8 @@ def test_all_are_measured_in_the_same_way(tmp_path):
     assert rows["generation"] == ("the decoder, once", "the network, 20 times")
     # The VAE's loss is its KL less its reconstruction: 35, 33, 34, 30.
     assert rows["stability: the held-out loss"] == (
-        "rose at 33% of the looks, by 3.0% at most",
-        "rose at 0% of the looks, by 0.0% at most",
+        "rose at 1 of 3 looks, by 3.0% at most",
+        "rose at 0 of 0 looks, by 0.0% at most",
     )
     assert rows["speed: 1,000 images"] == ("0.5000 s", "4.0 s")
     assert (tmp_path / "ddpm" / "compare_vae" / "side_by_side.png").exists()
@@ -110,7 +110,10 @@ def test_other_images_get_one_line(top, fails):
     path.write_text(before.replace("digits", "fashion"))
     assert "--dataset digits: the VAE learned fashion" in fails(compare_vae, given, out)
     path.write_text(before)
-    np.savez(top / "ddpm/sampling/samples.npz", images=np.zeros((40, 32, 32), np.uint8))
-    assert "not ten or more images of 28×28" in fails(compare_vae, given, out)
+    assert "--n 9: a distance needs 10" in fails(compare_vae, [*given, "--n", 9], out)
+    np.savez(top / "ddpm/sampling/samples.npz", images=np.zeros((40, 28, 28), np.uint8), model="other")
+    assert "another model than evaluate.py measured" in fails(compare_vae, given, out)
+    np.savez(top / "ddpm/sampling/samples.npz", images=np.zeros((40, 32, 32), np.uint8), model="m")
+    assert "not 10 or more images of 28×28" in fails(compare_vae, given, out)
     np.savez(top / "vae/sample/samples.npz", images=np.zeros((9, 14, 14), np.uint8), draws=np.zeros((9, 14, 14)))
-    assert "not ten or more images of 14×14" in fails(compare_vae, given, out)
+    assert "not 10 or more images of 14×14" in fails(compare_vae, given, out)

@@ -5,10 +5,11 @@ import math
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 
 from ddpm.diffusion import PREDICTIONS, GaussianDiffusion
-from ddpm.features import Classifier, covered, frechet_distance, nearest, seen, trained
+from ddpm.features import Classifier, covered, frechet_distance, frechet_error, nearest, seen, trained
 from ddpm.inputs import Part, scaled
 from ddpm.likelihood import bits_per_dimension, last_term, prior_term, step_term
 from ddpm.memoriser import memoriser
@@ -139,6 +140,24 @@ def test_the_steps_of_a_model_that_knows_cost_nothing():
     assert last_term(diffusion, knowing(diffusion, x0), x0, torch.zeros(1, 1, 2, 2)).item() == pytest.approx(
         wanted, rel=1e-3
     )
+
+
+def test_a_pixel_far_from_where_it_was_expected_costs_what_its_tail_says():
+    """Far above the mean: 1 − Φ is 0 there in float64, Φ on the other side is not."""
+    diffusion = GaussianDiffusion(1000, "cosine")
+    sigma = math.sqrt(diffusion.posterior(*[torch.zeros(1, 1, 1, 1, dtype=torch.float64)] * 2, torch.tensor([1]))[1])
+    for off in (-20 * sigma, -0.5 * sigma, 0.5 * sigma, 20 * sigma, 36 * sigma):
+        x0 = torch.full((1, 1, 1, 1), off, dtype=torch.float64)
+        found = last_term(diffusion, knowing(diffusion, torch.zeros_like(x0)), x0, torch.zeros_like(x0)).item()
+        low, high = sorted(scipy.stats.norm.logcdf(-(abs(off) + end / 255) / sigma) for end in (-1, 1))
+        assert found == pytest.approx(-(high + math.log1p(-math.exp(low - high))), rel=1e-4)
+
+
+def test_the_distances_error_is_its_spread_from_draw_to_draw():
+    rng, b = np.random.default_rng(0), np.random.default_rng(9).standard_normal((4000, 3))
+    draws = [rng.standard_normal((600, 3)) * 1.3 + 0.2 for _ in range(200)]
+    spread = np.std([frechet_distance(a, b) for a in draws])
+    assert np.mean([frechet_error(a, b) for a in draws[:20]]) == pytest.approx(spread, rel=0.2)
 
 
 def test_a_step_costs_the_kl_of_two_gaussians():

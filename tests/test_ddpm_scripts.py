@@ -1,6 +1,5 @@
 """ddpm's training and sampling: resuming, mean weights, two processes, guidance, what is written, and mistakes."""
 
-import gc
 import os
 import subprocess
 import sys
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ddpm import benchmark, evaluate, features, fid_vs_steps, sampling, train_ddpm
+from ddpm import evaluate, sampling, train_ddpm
 from ddpm.checkpoints import load_model
 from ddpm.diffusion import GaussianDiffusion
 from ddpm.inputs import load, scaled, shades
@@ -17,7 +16,7 @@ from ddpm.unet import UNet
 from shared_utils import checkpoint
 from shared_utils.data import load_images
 from shared_utils.muon import Muon
-from shared_utils.runs import ROOT, Run, read_json
+from shared_utils.runs import ROOT, read_json
 from shared_utils.schedules import one_cycle
 
 CPU = torch.device("cpu")
@@ -200,6 +199,77 @@ def test_samples_are_written_for_others(flags, runs_dir, tmp_path):
     assert np.array_equal(np.load(tmp_path / "b" / "samples.npz")["images"], images)
 
 
+def test_what_is_asked_for_reaches_the_sampler():
+    """Sampler, steps, η, labels, guidance and precision, batch by batch."""
+    torch.manual_seed(0)
+    network, x, calls = UNet(8, channels=(32, 32), n_classes=3), torch.randn(2, 1, 8, 8), []
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    t = torch.tensor([1, 40])
+
+    class Recorder(GaussianDiffusion):
+        def recorded(self, name, model, shape, *given):
+            calls.append((name, tuple(shape), *given[:-1], model(x, t).float(), torch.is_autocast_enabled("cpu")))
+            return torch.zeros(shape)
+
+        def ddpm_sample(self, *given):
+            return self.recorded("ddpm", *given)
+
+        def ddim_sample(self, *given):
+            return self.recorded("ddim", *given)
+
+        def dpm_solver_sample(self, *given):
+            return self.recorded("dpm", *given)
+
+    labels = np.array([2, 0, 1, 1])
+    for sampler, steps, how, amp in (
+        ("ddpm", 50, {}, False),
+        ("ddim", 7, {"eta": 0.3, "guidance": 2.0}, True),
+        ("dpm", 6, {"guidance": 3.0}, False),
+    ):
+        calls.clear()
+        args = sampling.argparse.Namespace(batch_size=2, amp=amp)
+        images, _ = sampling.draw_all(Recorder(50), network, labels, sampler, steps, args, CPU, **how)
+        assert images.shape == (4, 1, 8, 8)
+        for call, some in zip(calls, (labels[:2], labels[2:]), strict=True):
+            name, shape, *given, out, in_bfloat16 = call
+            assert (name, shape, in_bfloat16) == (sampler, (2, 1, 8, 8), amp)
+            assert given == {"ddpm": [], "ddim": [7, 0.3], "dpm": [6]}[sampler]
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                with_label, without = network(x, t, torch.from_numpy(some)).float(), network(x, t).float()
+            wanted = without + how.get("guidance", 1) * (with_label - without)
+            torch.testing.assert_close(out.detach(), wanted, rtol=0.02, atol=0.02 if amp else 1e-4)
+
+
+def test_compile_and_bfloat16_reach_the_training(tmp_path, monkeypatch):
+    seen = []
+
+    def compiled(network):
+        return lambda *given: seen.append(torch.is_autocast_enabled("cpu")) or network(*given)
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    for flags, amp in ((["--amp"], True), ([], False)):
+        seen.clear()
+        metrics = ran(train_ddpm, *TRAIN, "--epochs", 1, "--compile", *flags, "--out", tmp_path / f"amp_{amp}")
+        assert seen == [amp] * metrics["updates"]
+
+
+def test_images_of_three_channels_go_the_whole_way(tmp_path):
+    given = ["--dataset", "shapes", "--device", "cpu", "--runs-dir", tmp_path]
+    small = ["--epochs", 1, "--channels", 32, 32, "--timesteps", 50, "--val-images", 20]
+    ran(train_ddpm, *given, *small)
+    ran(sampling, *given, "--n", 12, "--steps", 2)
+    with np.load(tmp_path / "ddpm" / "sampling" / "samples.npz", allow_pickle=False) as file:
+        images, model = file["images"], str(file["model"])
+    assert images.shape == (12, 32, 32, 3)
+    data = load(evaluate.build_parser().parse_args(["--dataset", "shapes"]))
+    found, labels = evaluate.read_samples(tmp_path / "ddpm" / "sampling" / "samples.npz", data, model)
+    assert np.array_equal(found, images.transpose(0, 3, 1, 2))
+    assert labels.tolist() == [-1] * 12
+    metrics = ran(evaluate, *given, "--epochs", 1, "--compared", 12, "--level-images", 10, "--bound-images", 10)
+    assert metrics["model"] == model
+
+
 def test_one_label_is_drawn_alone(runs_dir, tmp_path):
     given = ["--dataset", "digits", "--runs-dir", runs_dir, "--device", "cpu", "--n", 4, "--steps", 2, "--label", 7]
     ran(sampling, *given, "--guidance", 2, "--out", tmp_path)
@@ -239,109 +309,3 @@ def test_mistakes_get_one_line(runs_dir, tmp_path, fails):
     assert "need a conditional model" in fails(sampling, [*given, "--ckpt", plain / "ema.pth", "--guidance", 3])
     made = "`python ddpm/train_ddpm.py"
     assert made in fails(sampling, ["--dataset", "digits", "--runs-dir", tmp_path / "no", "--device", "cpu"])
-
-
-@pytest.fixture(scope="module")
-def evaluated(runs_dir):
-    given = ["--dataset", "digits", "--runs-dir", runs_dir, "--device", "cpu"]
-    ran(sampling, *given, "--n", 40, "--steps", 5)
-    flags = ["--val-size", 1200, "--epochs", 2, "--compared", 30, "--level-images", 15, "--bound-images", 5]
-    return runs_dir / "ddpm", ran(evaluate, *given, *flags)
-
-
-def test_what_is_measured_is_measured_on_the_samples(evaluated):
-    folder, metrics = evaluated
-    images = np.load(folder / "sampling" / "samples.npz")["images"]
-    args = evaluate.build_parser().parse_args(["--dataset", "digits", "--val-size", "1200"])
-    data = load(args)
-    network = features.trained(data.train, 10, 2, 0, CPU)
-    (samples, probabilities), (test, _), (real, _) = (
-        features.seen(network, x) for x in (images[:, None], data.test.x, data.val.x)
-    )
-    assert metrics["compared_images"] == 40
-    assert metrics["frechet_of_samples"] == pytest.approx(features.frechet_distance(samples, test), rel=1e-3)
-    assert metrics["frechet_of_real"] == pytest.approx(features.frechet_distance(real[:40], test), rel=1e-3)
-    assert metrics["times_the_floor"] == pytest.approx(metrics["frechet_of_samples"] / metrics["frechet_of_real"])
-    assert metrics["precision_of_samples"] == pytest.approx(features.covered(samples, test), abs=0.03)
-    assert metrics["recall_of_samples"] == pytest.approx(features.covered(test, samples), abs=0.03)
-    chosen = probabilities.argmax(1)
-    assert metrics["class_shares"] == pytest.approx((np.bincount(chosen, minlength=10) / 40).tolist(), abs=0.03)
-    assert metrics["as_asked"] == pytest.approx((chosen == np.arange(40) % 10).mean(), abs=0.03)
-    assert metrics["nearest_of_test"] > 0
-    bound = metrics["bound"]
-    assert metrics["bits_per_dimension"] == pytest.approx(bound["prior"] + bound["steps"] + bound["last"])
-    assert {path.name for path in (folder / "evaluate").glob("*.png")} == {
-        "classes.png",
-        "nearest.png",
-        "loss_by_level.png",
-    }
-
-
-def test_a_memoriser_is_best_on_training_images_alone(evaluated):
-    """At little noise it knows which training image it was, and nothing about others."""
-    levels = evaluated[1]["levels"]
-    little = levels[len(levels) // 3]
-    assert little["memoriser on training images"] < 1e-3 < little["memoriser on test images"]
-    assert little["memoriser on training images"] < little["network on training images"]
-
-
-def test_what_are_no_samples_gets_one_line(runs_dir, evaluated, tmp_path, fails):
-    given = ["--dataset", "digits", "--runs-dir", runs_dir, "--device", "cpu", "--val-size", 1200]
-    given += ["--out", tmp_path / "out", "--samples"]
-    np.savez(tmp_path / "few.npz", images=np.zeros((3, 28, 28), np.uint8), labels=np.zeros(3), model="x")
-    np.savez(tmp_path / "small.npz", images=np.zeros((30, 14, 14), np.uint8), labels=np.zeros(30), model="x")
-    np.savez(tmp_path / "foreign.npz", images=np.zeros((30, 28, 28), np.uint8), labels=np.zeros(30), model="x")
-    np.savez(tmp_path / "other.npz", x=np.zeros(3))
-    for name, said in (
-        ("few", "draw 10 or more"),
-        ("small", "not images like"),
-        ("other", "lacks images, labels, model"),
-        ("foreign", "drawn by another model"),
-        ("none", "no such file"),
-    ):
-        assert said in fails(evaluate, [*given, tmp_path / f"{name}.npz"], tmp_path / "out")
-    said = "was trained with --val-size 1200, not 300"  # the images held out here were learned there
-    for script in (evaluate, fid_vs_steps):
-        assert said in fails(script, [*given[:-1], "--val-size", 300], tmp_path / "out")
-
-
-def test_the_benchmark_says_what_it_timed(tmp_path):
-    metrics = ran(benchmark, "--quick", "--device", "cpu", "--out", tmp_path)
-    speeds = {row["what"]: row for row in metrics["cases"]}
-    ours, peer = speeds[f"{benchmark.OURS}, bfloat16"], speeds[f"{benchmark.PEER}, float32"]
-    for key, ratio in (("images_per_second", "training"), ("image_steps_per_second", "sampling")):
-        assert metrics[f"{ratio}_against_peer"] == pytest.approx(ours[key] / peer[key])
-    assert metrics["parameters"] < 1_500_000 < 2_400_000 < metrics["parameters_of_peer"] < 2_700_000
-    assert (tmp_path / "speed.png").exists()
-
-
-def test_every_number_of_steps_is_measured_and_a_stopped_study_goes_on(runs_dir, tmp_path, monkeypatch):
-    given = ["--dataset", "digits", "--runs-dir", runs_dir, "--device", "cpu", "--val-size", 1200, "--epochs", 1]
-    given += ["--steps", 4, 2, "--n", 30, "--batch-size", 20]
-    whole = ran(fid_vs_steps, *given, "--out", tmp_path / "whole")
-    found = [(row["sampler"], row["steps"]) for row in whole["points"]]
-    assert found == [("dpm", 2), ("dpm", 4), ("ddim", 2), ("ddim", 4), ("ddpm", 50)]
-    assert all(row["times_the_floor"] == pytest.approx(row["frechet"] / whole["floor"]) for row in whole["points"])
-    log, rows = Run.log, []
-
-    def stop(run, **row):
-        log(run, **row)
-        rows.append(row)
-        if len(rows) == 2:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", stop)
-        with pytest.raises(KeyboardInterrupt):
-            ran(fid_vs_steps, *given, "--out", tmp_path / "stopped")
-    gc.collect()
-    again = ran(fid_vs_steps, *given, "--out", tmp_path / "stopped", "--resume")
-    for one, other in zip(whole["points"], again["points"], strict=True):
-        assert one | {"seconds": 0} == other | {"seconds": 0}
-
-
-def test_the_fewest_steps_near_the_best_are_found():
-    rows = [("dpm", 10, 2.2), ("dpm", 20, 2.0), ("ddim", 10, 9.0), ("ddim", 20, 2.4), ("ddpm", 100, 1.99)]
-    found = fid_vs_steps.findings([{"sampler": s, "steps": n, "frechet": value} for s, n, value in rows])
-    assert (found["best_sampler"], found["best"]) == ("ddpm", 1.99)
-    assert (found["dpm_steps_near_the_best"], found["ddim_steps_near_the_best"]) == (10, None)
