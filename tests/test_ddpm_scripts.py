@@ -118,6 +118,21 @@ def test_both_optimizers_follow_the_cycle(tmp_path, monkeypatch):
     assert rates["Muon"] == pytest.approx([one_cycle(i, n, 0.02, rise=0.1) for i in range(n)])
 
 
+def test_gradients_are_cut_to_a_norm_of_one(tmp_path, monkeypatch):
+    norms, step = [], torch.optim.AdamW.step
+
+    def look(self, *given):
+        gradients = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+        return step(self, *given)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    losses = GaussianDiffusion.losses
+    monkeypatch.setattr(GaussianDiffusion, "losses", lambda *given: 1e3 * losses(*given))
+    ran(train_ddpm, *TRAIN, "--epochs", 1, "--out", tmp_path)
+    assert norms == pytest.approx([1.0] * len(norms), rel=1e-3)
+
+
 @pytest.mark.parametrize(("stop_after", "optimizer"), [(1, "adamw"), (2, "muon")])
 def test_a_stopped_training_ends_with_the_same_weights(stop_after, optimizer, tmp_path, stopped):
     flags = [*TRAIN, "--conditional", "--optimizer", optimizer]

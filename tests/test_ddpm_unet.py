@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ddpm.diffusion import GaussianDiffusion
-from ddpm.unet import Block, SelfAttention, UNet, time_embedding
+from ddpm.unet import Block, Norm, SelfAttention, UNet, time_embedding
 from shared_utils.cli import UserError
 
 
@@ -53,6 +53,11 @@ def test_every_block_hears_the_time():
     network(torch.randn(2, 1, 12, 12), torch.tensor([1, 2])).sum().backward()
     assert all(module.time.weight.grad.any() for module in blocks)
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in network.parameters())
+
+
+def test_norms_are_computed_in_float32():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Norm(32)(torch.randn(2, 32, 3, 3, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_an_image_has_its_own_time_and_label_and_no_other():
