@@ -3,11 +3,12 @@
     python ddpm/fid_vs_steps.py --amp
     python ddpm/fid_vs_steps.py --steps 5 10 20 --n 10000 --without-ddpm --amp --out runs/ddpm/fid_few_steps
 
-The same network, the same number of images, and at each number of steps DDIM and DPM-Solver++, each at its usual steps
-(DDIM's are even in t, the solver's in λ: diffusion.py); DDPM, which takes all of them, beside them once. Each point is
-the Fréchet distance of `--n` samples to the test images in the features of a classifier trained here (features.py), its
-standard error, and the seconds that drawing them took. The distance falls with the number of images, of real ones too:
-the floor is that of as many images that were held out.
+The same network, the same number of images, and at each number of steps DPM-Solver++ and DDIM, each at its usual steps
+(DDIM's are even in t, the solver's in λ: diffusion.py), and DDIM with as much noise as DDPM adds (η = 1), which undoes
+errors of the steps before; DDPM itself, which takes all steps, beside them once. Each point is the Fréchet distance of
+`--n` samples to the test images in the features of a classifier trained here (features.py), its standard error, and the
+seconds that drawing them took. The distance falls with the number of images, of real ones too: the floor is that of as
+many images that were held out.
 
 Writes fid_vs_steps.png, last.pth (the classifier), history.csv, metrics.json. Model: train_ddpm.py.
 With --resume a study that was stopped goes on where it was, with the same classifier.
@@ -22,12 +23,20 @@ import torch
 from ddpm.checkpoints import fingerprint, load_model
 from ddpm.features import Classifier, frechet_distance, frechet_error, seen, trained
 from ddpm.inputs import FEWEST, Data, add_data_flags, load
-from ddpm.sampling import NAMES, draw_all
+from ddpm.sampling import draw_all
 from shared_utils import checkpoint
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
 from shared_utils.runs import Run, start_run
+
+DDPM = "DDPM"
+SERIES = {  # sampling.py's sampler and η
+    "DPM-Solver++": ("dpm", 0.0),
+    "DDIM": ("ddim", 0.0),
+    "DDIM, η = 1": ("ddim", 1.0),
+    DDPM: ("ddpm", 0.0),
+}
 
 
 def build_parser():
@@ -61,19 +70,20 @@ def main(argv=None) -> dict:
     classifier = judge(args, run, data, fingerprint(model), device)
     test, _ = seen(classifier, data.test.x)
     floor = frechet_distance(seen(classifier, data.val.x[: args.n])[0], test)
-    points = [(sampler, each) for sampler in ("dpm", "ddim") for each in steps]
-    points += [] if args.without_ddpm else [("ddpm", diffusion.timesteps)]
+    points = [(name, each) for name in SERIES if name != DDPM for each in steps]
+    points += [] if args.without_ddpm else [(DDPM, diffusion.timesteps)]
     done = {(row["sampler"], int(row["steps"])) for row in run.history()}
     no_labels = np.full(args.n, -1)
     draw_all(diffusion, model, no_labels[: args.batch_size], "dpm", steps[0], args, device)  # warms up, is not timed
-    for sampler, each in points:
-        if (sampler, each) in done:
+    for name, each in points:
+        if (name, each) in done:
             continue
         torch.manual_seed(args.seed)
-        images, seconds = draw_all(diffusion, model, no_labels, sampler, each, args, device)
+        sampler, eta = SERIES[name]
+        images, seconds = draw_all(diffusion, model, no_labels, sampler, each, args, device, eta=eta)
         features, _ = seen(classifier, images)
         distance, error = frechet_distance(features, test), frechet_error(features, test)
-        row = {"sampler": sampler, "steps": each, "frechet": distance, "standard_error": error}
+        row = {"sampler": name, "steps": each, "frechet": distance, "standard_error": error}
         run.log(**row, times_the_floor=distance / floor, seconds=seconds)
     rows = [
         {"sampler": row.pop("sampler"), "steps": int(row.pop("steps")), **{k: float(value) for k, value in row.items()}}
@@ -98,15 +108,19 @@ def judge(args: argparse.Namespace, run: Run, data: Data, model: str, device: to
 
 
 def findings(rows: list[dict]) -> dict:
-    """DDPM's distance, or the best where it was left out, and each solver's fewest steps within 15 % of it."""
-    all_steps = [row for row in rows if row["sampler"] == "ddpm"]
+    """DDPM's distance, or the best where it was left out, and how the others compare with it.
+
+    near: each one's fewest steps within 15 %. ratio_of_50: the distance at 50 steps, over it. best_ratio: the least.
+    """
+    all_steps = [row for row in rows if row["sampler"] == DDPM]
     measure = all_steps[0] if all_steps else min(rows, key=lambda row: row["frechet"])
-    found = {"compared_with": f"{NAMES[measure['sampler']]}'s {measure['steps']} steps", "compared": measure["frechet"]}
-    for sampler in ("ddim", "dpm"):
-        mine = {row["steps"]: row["frechet"] / measure["frechet"] for row in rows if row["sampler"] == sampler}
-        near = [steps for steps, ratio in mine.items() if ratio <= 1.15]
-        found[f"{sampler}_near"] = f"{min(near)} steps" if near else "none of its"
-        found[f"{sampler}_50_ratio"] = mine.get(50)
+    found = {"compared_with": f"{measure['steps']} steps of {measure['sampler']}", "compared": measure["frechet"]}
+    found |= {"near": {}, "ratio_of_50": {}, "best_ratio": {}}
+    for name in dict.fromkeys(row["sampler"] for row in rows if row["sampler"] != DDPM):
+        ratio = {row["steps"]: row["frechet"] / measure["frechet"] for row in rows if row["sampler"] == name}
+        near = [steps for steps, each in ratio.items() if each <= 1.15]
+        found["near"][name] = f"{min(near)} steps" if near else "none of its steps"
+        found["ratio_of_50"][name], found["best_ratio"][name] = ratio.get(50), min(ratio.values())
     return found
 
 
@@ -114,19 +128,18 @@ def draw(rows: list[dict], floor: float, outcome: dict, n: int, title: str):
     """The distance against steps, and against seconds."""
     figure, axes = new_figure(1, 2, width=10.4, height=4.4, sharey=True)
     for ax, key, label in zip(axes[0], ("steps", "seconds"), ("steps", f"seconds for {n:,} images"), strict=True):
-        for index, (sampler, name) in enumerate(NAMES.items()):
-            mine = [row for row in rows if row["sampler"] == sampler]
+        for index, name in enumerate(SERIES):
+            mine = [row for row in rows if row["sampler"] == name]
             if mine:
-                x, y, error = (np.array([row[name] for row in mine]) for name in (key, "frechet", "standard_error"))
+                x, y, error = (np.array([row[what] for row in mine]) for what in (key, "frechet", "standard_error"))
                 ax.errorbar(x, y, error, marker="o", capsize=2, label=name, **line_style(index))
         ax.axhline(floor, color=COLORS[-1], linewidth=1, linestyle=":", label="as many real images")
         ax.set(xscale="log", yscale="log", xlabel=label)
     axes[0, 0].set_ylabel("Fréchet distance to the test images")
     axes[0, 0].legend()
-    said = (f"{outcome[f'{sampler}_near']} of {NAMES[sampler]}" for sampler in ("dpm", "ddim"))
+    said = ", ".join(f"{near} of {name}" for name, near in outcome["near"].items())
     figure.suptitle(
-        f"{title}: {outcome['compared_with']} give {outcome['compared']:.3f};\n"
-        f"within 15 % of that, or below: {', '.join(said)}"
+        f"{title}: {outcome['compared_with']} give {outcome['compared']:.3f}\nwithin 15 % of that, or below: {said}"
     )
     return figure
 

@@ -157,7 +157,11 @@ def test_every_number_of_steps_is_measured_and_a_stopped_study_goes_on(runs_dir,
     given += ["--steps", 4, 2, "--n", 30, "--batch-size", 20]
     whole = ran(fid_vs_steps, *given, "--out", tmp_path / "whole")
     found = [(row["sampler"], row["steps"]) for row in whole["points"]]
-    assert found == [("dpm", 2), ("dpm", 4), ("ddim", 2), ("ddim", 4), ("ddpm", 50)]
+    solvers = ["DPM-Solver++", "DDIM", "DDIM, η = 1"]
+    assert found == [*((name, steps) for name in solvers for steps in (2, 4)), ("DDPM", 50)]
+    by_point = {(row["sampler"], row["steps"]): row["frechet"] for row in whole["points"]}
+    assert by_point["DPM-Solver++", 2] == pytest.approx(by_point["DDIM", 2])  # a first step of first order is DDIM's
+    assert len(set(by_point.values())) >= 6  # no others draw alike
     args = fid_vs_steps.build_parser().parse_args([str(flag) for flag in given])
     data, judge = load(args), features.Classifier(1, 10).eval()
     judge.load_state_dict(checkpoint.load(tmp_path / "whole" / "last.pth")["classifier"])
@@ -184,10 +188,11 @@ def test_every_number_of_steps_is_measured_and_a_stopped_study_goes_on(runs_dir,
 
 
 def test_the_fewest_steps_near_the_best_are_found():
-    rows = [("dpm", 10, 2.2), ("dpm", 50, 2.0), ("ddim", 10, 9.0), ("ddim", 20, 2.4), ("ddpm", 100, 1.99)]
+    rows = [("A", 10, 2.2), ("A", 50, 2.0), ("B", 10, 9.0), ("B", 20, 2.4), ("DDPM", 100, 1.99)]
     rows = [{"sampler": s, "steps": n, "frechet": value} for s, n, value in rows]
     found = fid_vs_steps.findings(rows)
-    assert (found["compared_with"], found["compared"]) == ("DDPM's 100 steps", 1.99)
-    assert (found["dpm_near"], found["ddim_near"]) == ("10 steps", "none of its")
-    assert (found["dpm_50_ratio"], found["ddim_50_ratio"]) == (pytest.approx(2.0 / 1.99), None)
-    assert fid_vs_steps.findings(rows[:-1])["compared_with"] == "DPM-Solver++'s 50 steps"
+    assert (found["compared_with"], found["compared"]) == ("100 steps of DDPM", 1.99)
+    assert found["near"] == {"A": "10 steps", "B": "none of its steps"}
+    assert found["ratio_of_50"] == {"A": pytest.approx(2.0 / 1.99), "B": None}
+    assert found["best_ratio"] == pytest.approx({"A": 2.0 / 1.99, "B": 2.4 / 1.99})
+    assert fid_vs_steps.findings(rows[:-1])["compared_with"] == "50 steps of A"
