@@ -85,10 +85,10 @@ def main(argv=None) -> dict:
     made_by = fingerprint(model)
     save_arrays(run.path("samples.npz"), images=images, labels=labels, model=made_by)
     rate = len(images) * steps / seconds
-    save_figure(
-        draw_grid(images, f"{state['title']}: {steps} steps of {NAMES[args.sampler]}", seconds / len(images)),
-        run.path("ddpm_sample.png"),
-    )
+    way = f"{steps} steps of {NAMES[args.sampler]}"
+    way += f", η = {args.eta:g}" if args.sampler == "ddim" else ""
+    way += f", guidance {args.guidance:g}" if args.guidance != 1 else ""
+    save_figure(draw_grid(images, f"{state['title']}: {way}", seconds / len(images)), run.path("ddpm_sample.png"))
     save_figure(draw_denoising(*followed(diffusion, model, args, device)), run.path("denoising.png"))
     save_figure(draw_noising(diffusion, torch.from_numpy(test.x[:1]), args.seed), run.path("noising.png"))
     return run.finish(
@@ -97,6 +97,7 @@ def main(argv=None) -> dict:
             "samples": len(images),
             "sampler": args.sampler,
             "steps": steps,
+            "eta": args.eta,
             "guidance": args.guidance,
             "label": args.label,
             "sampling_seconds": seconds,
