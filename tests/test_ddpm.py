@@ -232,11 +232,20 @@ def test_steps_even_in_lambda(schedule, steps):
     assert len(order) == len(set(order)) == steps
     assert order == sorted(order, reverse=True)
     assert (order[0], order[-1]) == (99, 0 if steps > 1 else 99)
-    if steps == 10:
-        lam = 0.5 * np.log(diffusion.alpha_bars / (1 - diffusion.alpha_bars))
-        wanted = np.linspace(lam[99], lam[0], 10)
-        gap = np.abs(np.diff(lam)).max()
-        assert np.abs(lam[order] - wanted).max() < gap
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [10, 20, 40])
+def test_no_steps_are_lost_where_there_is_only_noise(schedule, steps):
+    """Below λ = −5.1, where the cosine schedule goes down to −9.9, the first step is enough."""
+    diffusion = GaussianDiffusion(1000, schedule)
+    lam = 0.5 * np.log(diffusion.alpha_bars / (1 - diffusion.alpha_bars))
+    order = diffusion.steps_even_in_lambda(steps)
+    assert lam[order[1]] > -5.1
+    h = np.diff(lam[order[1:]])
+    wanted = (lam[0] - max(lam[-1], -5.1)) / (steps - 1)
+    assert h[: 2 * steps // 3] == pytest.approx([wanted] * (2 * steps // 3), rel=0.4)  # at the end steps are few
+    assert h.max() < 2 * wanted
 
 
 def test_without_noise_the_same_start_gives_the_same_image_and_the_second_order_is_nearer():

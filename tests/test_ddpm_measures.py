@@ -142,6 +142,16 @@ def test_the_steps_of_a_model_that_knows_cost_nothing():
     )
 
 
+def test_the_bounds_error_is_that_of_a_mean_over_images(monkeypatch):
+    costs = torch.tensor([1.0, 5.0, 2.0, 8.0, 3.0])
+    monkeypatch.setattr("ddpm.likelihood.prior_term", lambda diffusion, x0: costs)
+    monkeypatch.setattr("ddpm.likelihood.step_term", lambda *given: torch.zeros(5))
+    monkeypatch.setattr("ddpm.likelihood.last_term", lambda *given: costs)
+    found = bits_per_dimension(GaussianDiffusion(50), None, torch.zeros(5, 1, 2, 2))
+    wanted = 2 * np.std(costs.numpy(), ddof=1) / 5**0.5 / (4 * math.log(2))
+    assert found["standard_error"] == pytest.approx(wanted, rel=1e-5)
+
+
 def test_a_pixel_far_from_where_it_was_expected_costs_what_its_tail_says():
     """Far above the mean: 1 − Φ is 0 there in float64, Φ on the other side is not."""
     diffusion = GaussianDiffusion(1000, "cosine")

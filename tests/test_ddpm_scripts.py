@@ -269,14 +269,17 @@ def test_compile_and_bfloat16_reach_the_training(tmp_path, monkeypatch):
         assert seen == [amp] * metrics["updates"]
 
 
-def test_images_of_three_channels_go_the_whole_way(tmp_path):
+def test_images_of_three_channels_go_the_whole_way(tmp_path, monkeypatch):
     given = ["--dataset", "shapes", "--device", "cpu", "--runs-dir", tmp_path]
     small = ["--epochs", 1, "--channels", 32, 32, "--timesteps", 50, "--val-images", 20]
     ran(train_ddpm, *given, *small)
+    drawn, draw = [], sampling.draw_all
+    monkeypatch.setattr(sampling, "draw_all", lambda *args, **how: drawn.append(draw(*args, **how)) or drawn[-1])
     ran(sampling, *given, "--n", 12, "--steps", 2)
     with np.load(tmp_path / "ddpm" / "sampling" / "samples.npz", allow_pickle=False) as file:
         images, model = file["images"], str(file["model"])
     assert images.shape == (12, 32, 32, 3)
+    assert np.array_equal(np.stack([images[..., c] for c in range(3)], axis=1), drawn[0][0])
     data = load(evaluate.build_parser().parse_args(["--dataset", "shapes"]))
     found, labels = evaluate.read_samples(tmp_path / "ddpm" / "sampling" / "samples.npz", data, model)
     assert np.array_equal(found, images.transpose(0, 3, 1, 2))
