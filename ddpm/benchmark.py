@@ -47,7 +47,7 @@ def build_parser():
 class PeerAttention(nn.Module):
     """Full attention of four heads of 32 over all positions: (B, c, H, W) → the same.
 
-    In two products, as is common; on a CPU PyTorch's fused kernel would take three times as long for its gradients.
+    By PyTorch's fused kernel, which over so many positions is twice as fast as two products on a CPU.
     """
 
     def __init__(self, channels: int):
@@ -57,9 +57,9 @@ class PeerAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        q, k, v = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, 4, 32)).unbind(1)  # (B, 4, 32, H W)
-        weights = (q.transpose(2, 3) @ k / 32**0.5).softmax(-1)  # (B, 4, H W, H W)
-        seen = v @ weights.transpose(2, 3)  # (B, 4, 32, H W)
+        qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, 4, 32)).transpose(3, 4)  # (B, 3, 4, H W, 32)
+        q, k, v = (each.contiguous() for each in qkv.unbind(1))  # as they lie the kernel takes three times as long
+        seen = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)  # (B, 4, 32, H W)
         return x + self.out(seen.flatten(1, 2).unflatten(2, x.shape[2:]))
 
 

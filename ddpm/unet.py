@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
         """See the class."""
         qkv = self.qkv(self.norm(x)).permute(0, 2, 3, 1)  # (B, H, W, 3 c)
         q, k, v = qkv.flatten(1, 2).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, H W, width)
-        # Two products: on a CPU PyTorch's fused kernel takes seven times as long for the gradients of so few positions.
+        # Two products: on a CPU PyTorch's fused kernel takes longer for the gradients of so few positions.
         weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)  # (B, heads, H W, H W)
         seen = (weights @ v).transpose(1, 2).flatten(2)  # (B, H W, c)
         return x + self.out(seen.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2))
