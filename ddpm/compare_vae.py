@@ -34,9 +34,23 @@ from shared_utils.runs import find_output, read_json, start_run
 
 GRID = 8  # images of each kind in each direction
 VAE, DRAWN, DIFFUSION = "VAE", "VAE, pixels drawn", "diffusion"
-READ = {  # experiment, and its runs: training, sampling, measurement
-    VAE: ("vae", ("train", "sample", "evaluate")),
-    DIFFUSION: ("ddpm", ("train_ddpm", "sampling", "evaluate")),
+READ = {  # experiment, and of its training, sampling and measurement what is read in their metrics
+    VAE: (
+        "vae",
+        {
+            "train": ("z_dim", "training_seconds", "parameters", "train_images"),
+            "sample": ("generation_seconds", "samples"),
+            "evaluate": ("bits_per_pixel",),
+        },
+    ),
+    DIFFUSION: (
+        "ddpm",
+        {
+            "train_ddpm": ("training_seconds", "parameters", "train_images"),
+            "sampling": ("steps", "seconds_per_image"),
+            "evaluate": ("bits_per_dimension", "model"),
+        },
+    ),
 }
 
 
@@ -55,13 +69,12 @@ def main(argv=None) -> dict:
     device = pick_device(args.device)
     about, losses = {}, {}
     for name, (experiment, runs) in READ.items():
-        about[name] = [read_json(find_output(args, run, "metrics.json", experiment)) for run in runs]
+        about[name] = [metrics_of(args, experiment, run, keys) for run, keys in runs.items()]
         learned = about[name][0]["run"].get("dataset")
         if learned != args.dataset:
             raise UserError(f"--dataset {args.dataset}: the {name} learned {learned}")
-        history = np.genfromtxt(
-            find_output(args, runs[0], "history.csv", experiment), delimiter=",", names=True, ndmin=1
-        )
+        path = find_output(args, next(iter(runs)), "history.csv", experiment)
+        history = np.genfromtxt(path, delimiter=",", names=True, ndmin=1)
         losses[name] = history["val_kl"] - history["val_reconstruction"] if name == VAE else history["val_loss"]
     if args.n < FEWEST:
         raise UserError(f"--n {args.n}: a distance needs {FEWEST} images or more")
@@ -91,6 +104,15 @@ def main(argv=None) -> dict:
             "table": table(about, quality, {name: steadiness(loss) for name, loss in losses.items()}, data),
         }
     )
+
+
+def metrics_of(args: argparse.Namespace, experiment: str, run: str, keys: tuple[str, ...]) -> dict:
+    """metrics.json of a run. Errors: `UserError` with the command that makes it, when it is missing or lacks a key."""
+    path = find_output(args, run, "metrics.json", experiment)
+    metrics = read_json(path)
+    if missing := [key for key in (*keys, "run") if key not in metrics]:
+        raise UserError(f"{path} lacks {', '.join(missing)}: run `python {experiment}/{run}.py` of this version")
+    return metrics
 
 
 def samples_of(args: argparse.Namespace, data: Data, model: str) -> tuple[dict[str, np.ndarray], np.ndarray]:

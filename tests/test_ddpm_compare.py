@@ -109,6 +109,8 @@ def test_other_images_get_one_line(top, fails):
     before = path.read_text()
     path.write_text(before.replace("digits", "fashion"))
     assert "--dataset digits: the VAE learned fashion" in fails(compare_vae, given, out)
+    path.write_text(before.replace("z_dim", "zdim"))
+    assert "lacks z_dim: run `python vae/train.py`" in fails(compare_vae, given, out)
     path.write_text(before)
     assert "--n 9: a distance needs 10" in fails(compare_vae, [*given, "--n", 9], out)
     np.savez(top / "ddpm/sampling/samples.npz", images=np.zeros((40, 28, 28), np.uint8), model="other")
