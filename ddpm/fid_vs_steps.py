@@ -27,7 +27,7 @@ from ddpm.sampling import draw_all
 from shared_utils import checkpoint
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
-from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
+from shared_utils.plotting import line_style, new_figure, save_figure
 from shared_utils.runs import Run, start_run
 
 DDPM = "DDPM"
@@ -133,11 +133,11 @@ def draw(rows: list[dict], floor: float, outcome: dict, n: int, title: str):
             if mine:
                 x, y, error = (np.array([row[what] for row in mine]) for what in (key, "frechet", "standard_error"))
                 ax.errorbar(x, y, error, marker="o", capsize=2, label=name, **line_style(index))
-        ax.axhline(floor, color=COLORS[-1], linewidth=1, linestyle=":", label="as many real images")
+        ax.axhline(floor, color="#777777", linewidth=1.2, linestyle=":", label="as many real images")
         ax.set(xscale="log", yscale="log", xlabel=label)
     axes[0, 0].set_ylabel("Fréchet distance to the test images")
     axes[0, 0].legend()
-    said = ", ".join(f"{near} of {name}" for name, near in outcome["near"].items())
+    said = "; ".join(f"{name} with {near}" for name, near in outcome["near"].items())
     figure.suptitle(
         f"{title}: {outcome['compared_with']} give {outcome['compared']:.3f}\nwithin 15 % of that, or below: {said}"
     )
