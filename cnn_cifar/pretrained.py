@@ -1,4 +1,4 @@
-"""A ResNet-18 that begins with weights from elsewhere: a file, or torchvision's of ImageNet.
+"""Networks that begin with weights from elsewhere: a file, or torchvision's of ImageNet.
 
 Shapes: B images, F features.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import get_model_weights
 
 from cnn_cifar.resnet import BasicBlock, ResNet
 from shared_utils.cli import UserError
@@ -31,20 +32,32 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
-def imagenet_weights(data_dir: str | Path) -> dict[str, Tensor]:
-    """torchvision's ResNet-18 of ImageNet. Errors: `UserError` when it is neither there nor to be downloaded."""
-    from torchvision.models import ResNet18_Weights
+def imagenet_weights(name: str, folder: str | Path, instead: str) -> dict[str, Tensor]:
+    """The weights of ImageNet that torchvision has for its model `name`, under torchvision's file name in `folder`.
 
-    url, folder = ResNet18_Weights.IMAGENET1K_V1.url, Path(data_dir) / "weights"
+    They are downloaded when they are not there. instead: what else the user can do.
+    Errors: `UserError` when they are neither there nor to be downloaded, or damaged.
+    """
+    url = get_model_weights(name).IMAGENET1K_V1.url
+    path = Path(folder) / Path(url).name
+    if path.is_file():
+        return read_weights(path)
     try:
         with network_timeout(), contextlib.redirect_stdout(io.StringIO()):  # torch says what it will try
             options = {"map_location": "cpu", "progress": False, "check_hash": True, "weights_only": True}
             return torch.hub.load_state_dict_from_url(url, str(folder), **options)
     except Exception as error:  # anything from URLError to a hash that is wrong
-        raise UserError(
-            f"{Path(url).name} is not in {folder} and could not be had from {url} ({error}); put it there, name a file "
-            "with --weights, or pretrain here: --source fashion --dataset mnist --resize 32"
-        ) from None
+        missing = f"{path.name} is not in {folder} and could not be had from {url} ({error})"
+        raise UserError(f"{missing}; put it there, {instead}") from None
+
+
+def take_weights(network: nn.Module, weights: dict[str, Tensor], refusal: str) -> None:
+    """Load the state dict. Errors: `UserError`, the refusal and the first difference, when it is another network's."""
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        first = textwrap.shorten(str(error).splitlines()[1], 160, placeholder=" …")
+        raise UserError(f"{refusal}: {first}") from None
 
 
 def backbone(width: int, weights: dict[str, Tensor] | None, origin: str) -> ResNet:
@@ -54,11 +67,7 @@ def backbone(width: int, weights: dict[str, Tensor] | None, origin: str) -> ResN
     """
     network = ResNet(BasicBlock, (2, 2, 2, 2), num_classes=1, cifar_stem=False, residual=True, width=width)
     network.fc = nn.Identity()
-    if weights is None:
-        return network
-    try:
-        network.load_state_dict({name: value for name, value in weights.items() if not name.startswith("fc.")})
-    except RuntimeError as error:
-        first = textwrap.shorten(str(error).splitlines()[1], 160, placeholder=" …")
-        raise UserError(f"{origin} is no ResNet-18 of {width} channels and up: {first}") from None
+    if weights is not None:
+        inner = {name: value for name, value in weights.items() if not name.startswith("fc.")}
+        take_weights(network, inner, f"{origin} is no ResNet-18 of {width} channels and up")
     return network

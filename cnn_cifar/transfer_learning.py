@@ -105,7 +105,8 @@ def main(argv=None) -> dict:
     if args.weights:
         given, origin = read_weights(args.weights), Path(args.weights).name
     elif not args.source:
-        given = imagenet_weights(args.data_dir)
+        instead = "name a file with --weights, or pretrain here: --source fashion --dataset mnist --resize 32"
+        given = imagenet_weights("resnet18", Path(args.data_dir) / "weights", instead)
     if given is not None:
         backbone(args.width, given, origin)  # refused before the run begins, not after
     source = load_source(args, device) if args.source else None

@@ -1,0 +1,164 @@
+"""The figures of compare_mnist_models.py. Shapes: N images, K classes."""
+
+import numpy as np
+import torch
+from matplotlib.ticker import NullFormatter
+from torch import Generator
+
+from cnn_cifar.digit_training import distorted
+from cnn_cifar.inputs import Data, pixels
+from cnn_cifar.vit import ViT, position_similarity, rollout
+from shared_utils.plotting import COLORS, confusion_matrix, image_grid, line_style, new_figure
+
+SHOWN = 10  # images of a row
+
+
+def draw_comparison(rows: list[dict], pairs: list[dict], about: str):
+    """Errors with their interval, seconds of training, images a second, parameters: a bar for each network."""
+    figure, axes = new_figure(1, 4, width=13.0, height=1.6 + 0.42 * len(rows), sharey=True)
+    at, errors = np.arange(len(rows)), np.array([100 * (1 - row["accuracy"]) for row in rows])
+    interval = np.array([[100 * (1 - row["high"]), 100 * (1 - row["low"])] for row in rows])
+    one = 100 * (1 - np.array([row["accuracies"][0] for row in rows]))
+    axes[0, 0].barh(at, errors, color=COLORS[0], alpha=0.7)
+    axes[0, 0].errorbar(one, at, xerr=np.abs(interval - one[:, None]).T, fmt="|", color="black", capsize=3)
+    columns = (
+        ("training_seconds", "training (s)", "{:,.0f}"),
+        ("images_per_second", "images per second in use", "{:,.0f}"),
+        ("parameters", "parameters", "{:,}"),
+    )
+    for y, (row, error) in enumerate(zip(rows, errors, strict=True)):
+        axes[0, 0].annotate(f"{error:.2f}", (interval[y, 1], y), (4, -3), textcoords="offset points")
+        for ax, (key, _, template) in zip(axes[0, 1:], columns, strict=True):
+            ax.annotate(template.format(row[key]), (row[key], y), (7, -3), textcoords="offset points", fontsize=8)
+    for index, (ax, (key, label, _)) in enumerate(zip(axes[0, 1:], columns, strict=True), start=1):
+        ax.plot([row[key] for row in rows], at, "o", color=COLORS[index], markersize=9)
+        ax.set(xscale="log", xlabel=label)
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.margins(x=0.35, y=0.2)
+    axes[0, 0].set(xlabel="test error (%), 95 % interval of one training", xlim=(0, 1.25 * interval.max()))
+    axes[0, 0].set_yticks(at, [row["label"] for row in rows])
+    axes[0, 0].invert_yaxis()
+    if many := [(row["ensemble_accuracy"], y) for y, row in enumerate(rows) if row["ensemble_accuracy"] is not None]:
+        accuracy, y = np.array(many).T
+        label = f"mean of all {len(rows[0]['accuracies'])} trainings' probabilities"
+        axes[0, 0].plot(100 * (1 - accuracy), y, "D", color=COLORS[1], label=label)
+        axes[0, 0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    best, *rest = sorted(rows, key=lambda row: -row["accuracy"])
+    title = f"{about}: {best['label']} is best, {best['accuracy']:.2%} right"
+    if rest:
+        both = {best["model"], rest[0]["model"]}
+        p = next(pair["p"] for pair in pairs if {pair["a"], pair["b"]} == both)
+        title += f"; next {rest[0]['label']}, {rest[0]['accuracy']:.2%} (McNemar's test: p = {p:.2g})"
+    figure.suptitle(title)
+    return figure
+
+
+def draw_curves(found: dict[str, list[dict]], rows: list[dict], about: str):
+    """Training loss and test error after each epoch, of each network's first training."""
+    figure, axes = new_figure(1, 2, width=10.6, height=4.4)
+    for index, (row, outcomes) in enumerate(zip(rows, found.values(), strict=True)):
+        losses, accuracies = outcomes[0]["losses"], outcomes[0]["accuracies"]
+        epochs = np.arange(1, len(losses) + 1)
+        axes[0, 0].plot(epochs, losses, marker="o", label=row["label"], **line_style(index))
+        axes[0, 1].plot(epochs, 100 * (1 - accuracies), marker="o", label=row["label"], **line_style(index))
+    axes[0, 0].set(yscale="log", xlabel="epoch", ylabel="training loss (nats), as it learns")
+    axes[0, 1].set(yscale="log", xlabel="epoch", ylabel="test error (%)")
+    axes[0, 1].legend()
+    first = [100 * (1 - outcomes[0]["accuracies"][0]) for outcomes in found.values()]
+    last = [100 * (1 - outcomes[0]["accuracies"][-1]) for outcomes in found.values()]
+    figure.suptitle(
+        f"{about}: {min(first):.1f} to {max(first):.1f} % wrong after an epoch, "
+        f"{min(last):.2f} to {max(last):.2f} % at the end"
+    )
+    return figure
+
+
+def draw_samples(data: Data, recipe: str):
+    """A training image of each class, and what the strong recipe makes of it."""
+    y = data.train.y.cpu()
+    first = torch.stack([(y == label).nonzero()[0, 0] for label in range(len(data.classes))])
+    x = pixels(data.train.x.cpu()[first])
+    rows = [x, *(distorted(x, Generator().manual_seed(seed)) for seed in range(3))]
+    figure, axes = new_figure(width=8.6, height=3.9)
+    image_grid(axes[0, 0], torch.cat(rows)[:, 0].numpy(), len(x), vmin=0, vmax=1)
+    used = "is shown these" if recipe == "strong" else "is shown the first row alone"
+    figure.suptitle(
+        f"{data.title}: a digit of each class, and below three times as the strong recipe distorts it\n"
+        f"(this run's recipe, {recipe}, {used})"
+    )
+    return figure
+
+
+def draw_confusions(matrices: dict[str, np.ndarray], data: Data):
+    """A matrix (K, K) of counts for each network, its errors shaded on one scale."""
+    columns = min(3, len(matrices))
+    rows = -(-len(matrices) // columns)
+    figure, axes = new_figure(rows, columns, width=4.4 * columns, height=4.8 * rows + 0.5)
+    wrong = {label: int(matrix.sum() - np.trace(matrix)) for label, matrix in matrices.items()}
+    most = max((matrix * (1 - np.eye(len(matrix), dtype=int))).max() for matrix in matrices.values())
+    for ax in axes.flat[len(matrices) :]:
+        ax.set_axis_off()
+    for ax, (label, matrix) in zip(axes.flat, matrices.items(), strict=False):
+        confusion_matrix(ax, matrix, data.classes, title=f"{label}: {wrong[label]} wrong", vmax=max(1, most))
+    total = sum(matrices.values())
+    errors = total * (1 - np.eye(len(total), dtype=int))
+    row, column = np.unravel_index(errors.argmax(), errors.shape)
+    figure.suptitle(
+        f"{data.title}, first training of each: most often {data.classes[row]} is taken for {data.classes[column]} "
+        f"({errors[row, column]} times in all)"
+    )
+    return figure
+
+
+def draw_errors(found: dict[str, list[dict]], data: Data):
+    """The test images that most networks get wrong, surest first, with what they are and what is said."""
+    y = data.test.y.cpu().numpy()
+    all_of = np.stack([outcomes[0]["probabilities"] for outcomes in found.values()])  # (models, N, K)
+    wrong = (all_of.argmax(2) != y).sum(0)  # (N,)
+    mean = all_of.mean(0)
+    order = np.lexsort((mean[np.arange(len(y)), y], -wrong))[: 3 * SHOWN]
+    order = order[wrong[order] > 0]
+    figure, axes = new_figure(width=8.6, height=3.9)
+    said = [f"{data.classes[y[i]]} → {data.classes[mean[i].argmax()]}  {wrong[i]}/{len(all_of)}" for i in order]
+    if len(order):
+        image_grid(axes[0, 0], data.test.x.cpu().numpy()[order], SHOWN, labels=said, vmin=0, vmax=255)
+    axes[0, 0].set_axis_off()
+    figure.suptitle(
+        f"{data.title}: {int((wrong == len(all_of)).sum())} of {len(y):,} test images are wrong in all "
+        f"{len(all_of)} networks\n(true → mean of the networks, and how many of them are wrong)"
+    )
+    return figure
+
+
+def draw_attention(network: ViT, data: Data):
+    """Test images, and how much of each patch arrives in the class token."""
+    x = pixels(data.test.x[:SHOWN])
+    shares = rollout(network.attention_weights(x)).cpu()  # (N, T − 1)
+    side = network.side
+    maps = shares.view(-1, 1, side, side).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    ink = (x.cpu().view(-1, side, 4, side, 4).mean((2, 4)) > 0.1).flatten(1)  # patches with a stroke
+    figure, axes = new_figure(2, 1, width=8.6, height=3.0)
+    image_grid(axes[0, 0], x.cpu()[:, 0].numpy(), SHOWN, vmin=0, vmax=1)
+    image_grid(axes[1, 0], maps[:, 0].numpy(), SHOWN, cmap="viridis")
+    inside = (shares * ink).sum(1).mean()
+    figure.suptitle(
+        f"What reaches the class token (attention rollout, brighter is more): {inside:.0%} comes from patches\n"
+        f"with a stroke, which are {ink.float().mean():.0%} of all"
+    )
+    return figure
+
+
+def draw_positions(network: ViT):
+    """The likeness of each patch's learned position with all others', laid out as the patches are."""
+    side, likeness = network.side, position_similarity(network).cpu()
+    at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).view(-1, 2).float()
+    distance = torch.cdist(at, at)
+    near, far = likeness[(distance > 0) & (distance < 1.5)].mean(), likeness[distance > 3].mean()
+    figure, axes = new_figure(width=6.4, height=6.2)
+    image = axes[0, 0]
+    image_grid(image, likeness.view(-1, side, side).numpy(), side, vmin=-1, vmax=1, cmap="viridis")
+    figure.suptitle(
+        f"Learned positions: a small map for each patch, of its likeness with all others\n"
+        f"neighbours {near:.2f}, patches more than three apart {far:.2f}"
+    )
+    return figure

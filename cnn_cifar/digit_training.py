@@ -1,0 +1,138 @@
+"""How the networks of zoo.py are trained: by which optimizer, on which images.
+
+    fcnn, cnn, deep_cnn   Adam, rate 1e-3, weight decay 1e-5
+    vit                   AdamW, rate 1e-3, weight decay 0.05
+    vgg16, alexnet        Adam, rate 1e-4; with ImageNet's weights on the layers after the convolutions alone
+
+The rate rises over a tenth of the updates and falls to 0 along half a cosine. The `strong` recipe turns, stretches,
+shears and shifts every image anew each time that it is seen, and smooths the labels by 0.1.
+Sources: Kingma and Ba 2015 (Adam); Loshchilov and Hutter 2019 (AdamW); Simard, Steinkraus and Platt 2003 (distorted
+digits); Szegedy et al. 2016 (smoothed labels).
+Shapes: N images uint8 (N, 1, H, W), B batch, F features, K classes.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from cnn_cifar.inputs import Split, pixels, share
+from cnn_cifar.zoo import TORCHVISION, Torchvision
+from shared_utils.data import minibatches
+from shared_utils.device import autocast
+from shared_utils.modes import evaluating
+from shared_utils.runs import check_finite
+from shared_utils.schedules import one_cycle
+from shared_utils.seeding import seed_everything
+
+RECIPES = ("plain", "strong")
+DEGREES, STRETCH, SHEAR, SHIFT = 12.0, 0.12, 0.15, 2.0  # at most: an angle, parts of the size, a slope, pixels
+SMOOTHING = 0.1
+RISE = 0.1  # the part of all updates in which the rate goes up
+TOGETHER = 250  # images that are looked at without learning
+
+
+@dataclass
+class Trained:
+    """After each epoch the mean training loss (nats) and the test accuracy; the seconds that training took."""
+
+    losses: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def distorted(x: Tensor, generator: Generator) -> Tensor:
+    """Each float image (B, 1, H, W) turned, stretched, sheared and shifted by amounts of its own; black comes in."""
+    uniform = 2 * torch.rand(6, len(x), generator=generator, device=generator.device).to(x.device) - 1  # in −1 … 1
+    turn, shear = math.radians(DEGREES) * uniform[0], SHEAR * uniform[1]
+    wide, tall = (math.log1p(STRETCH) * uniform[2:4]).exp()
+    right, down = 2 * SHIFT / x.shape[-1] * uniform[4:]  # in units of half a side
+    cos, sin = turn.cos(), turn.sin()
+    # Where a pixel of the new image comes from: the turn of ((wide, shear), (0, tall)), and the shift.
+    rows = [cos * wide, cos * shear - sin * tall, right, sin * wide, sin * shear + cos * tall, down]
+    grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def optimizer_of(name: str, network: nn.Module) -> torch.optim.Optimizer:
+    """What the docstring says; what is frozen is not in it."""
+    learned = [p for p in network.parameters() if p.requires_grad]
+    if name == "vit":
+        return torch.optim.AdamW(learned, lr=1e-3, weight_decay=0.05, fused=True)
+    if name in TORCHVISION:
+        return torch.optim.Adam(learned, lr=1e-4, fused=True)
+    return torch.optim.Adam(learned, lr=1e-3, weight_decay=1e-5, fused=True)
+
+
+def fit(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: Split,
+    test: Split | None,
+    *,
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    strong: bool,
+    amp: bool,
+) -> Trained:
+    """Train in place. test: measured after each epoch, and nothing follows from it; None: never.
+
+    seed: of the images' order, their distortions, and dropout. Of a frozen network's images that stay as they are the
+    features are computed once. Errors: `UserError` when the loss is no longer finite.
+    """
+    found, device, learner, started = Trained(), train.x.device, network, time.perf_counter()
+    if isinstance(network, Torchvision) and network.frozen and not strong:
+        train, test = (split and Split(features_of(network, split.x, amp), split.y) for split in (train, test))
+        learner, found.seconds = network.classifier, time.perf_counter() - started
+    peak, per_epoch = optimizer.param_groups[0]["lr"], len(train) // batch_size
+    order, generator = np.random.default_rng(seed), Generator(device).manual_seed(seed)
+    seed_everything(seed)
+    for epoch in range(epochs):
+        started, total = time.perf_counter(), torch.zeros((), device=device)  # read once an epoch
+        network.train()
+        batches = minibatches(len(train), batch_size, order, drop_last=True)
+        for step, batch in enumerate(batches, start=epoch * per_epoch):
+            batch = torch.from_numpy(batch).to(device)
+            for group in optimizer.param_groups:
+                group["lr"] = one_cycle(step, epochs * per_epoch, peak, rise=RISE)
+            x = seen(train.x[batch])
+            if strong:
+                x = distorted(x, generator)
+            with autocast(device, amp):
+                logits = learner(x)  # (B, K)
+            loss = F.cross_entropy(logits.float(), train.y[batch], label_smoothing=SMOOTHING if strong else 0.0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        found.losses.append(total.item() / per_epoch)
+        found.seconds += time.perf_counter() - started
+        check_finite(found.losses[-1], step + 1, peak, "rate in cnn_cifar/digit_training.py")
+        if test:
+            found.accuracies.append(share(probabilities(learner, test.x, amp).argmax(1) == test.y))
+    return found
+
+
+def seen(x: Tensor) -> Tensor:
+    """Images uint8 as floats of [0, 1]; features as they are."""
+    return pixels(x) if x.dtype == torch.uint8 else x
+
+
+@torch.no_grad()
+def probabilities(network: nn.Module, x: Tensor, amp: bool) -> Tensor:
+    """Of each class for images uint8 (N, 1, H, W), or for features (N, F): float32 (N, K)."""
+    with evaluating(network), autocast(x.device, amp):
+        return torch.cat([network(seen(some)).float().softmax(1) for some in x.split(TOGETHER)])
+
+
+@torch.no_grad()
+def features_of(network: Torchvision, x: Tensor, amp: bool) -> Tensor:
+    """What the frozen convolutions make of images uint8: (N, F), in bfloat16, half as large (VGG16: 50 kB an image)."""
+    network.eval()
+    with autocast(x.device, amp):
+        return torch.cat([network.features(pixels(some)).bfloat16() for some in x.split(TOGETHER)])
