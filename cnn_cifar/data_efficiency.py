@@ -8,7 +8,8 @@ learn both. So the CNN, the deep CNN and the ViT of zoo.py learn from few images
 whose patches come from two convolutions, and the CNN and the ViT on images distorted anew each time (the strong recipe
 of digit_training.py, with smoothed labels). All see the same images, drawn anew for each seed, each class as often as
 in the whole set, and get the same number of updates at a size: `--epochs` passes, at least `--least-updates`. Test
-images are read once for each training. McNemar's test tells two networks of one seed apart by the images that one of them alone gets right.
+images are read once for each training. McNemar's test tells two networks of one seed apart by the images that one of
+them alone gets right.
 
 Writes data_efficiency.png, history.csv, metrics.json, and of each training <arm>_<size>_<seed>.npz (array chosen, the
 classes said for the test images).

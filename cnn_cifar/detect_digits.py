@@ -16,6 +16,7 @@ Sources: Ren, He, Girshick and Sun 2015 (Faster R-CNN); He et al. 2017 (RoIAlign
 Shapes: B scenes (B, 1, 128, 128) of [0, 1], c the backbone's channels.
 """
 
+import argparse
 import time
 
 import numpy as np
@@ -93,9 +94,9 @@ def build_parser():
     """The command line."""
     quick = {"scenes": 48, "test_scenes": 24, "epochs": 1, "width": 4}
     parser = make_parser(__doc__, quick=quick)
-    parser.add_argument("--scenes", type=positive_int, default=4000, help="scenes to learn from")
+    parser.add_argument("--scenes", type=positive_int, default=8000, help="scenes to learn from")
     parser.add_argument("--test-scenes", type=positive_int, default=1000, help="held-out scenes of test digits")
-    parser.add_argument("--epochs", type=positive_int, default=10, help="passes over the scenes")
+    parser.add_argument("--epochs", type=positive_int, default=6, help="passes over the scenes")
     parser.add_argument("--batch-size", type=positive_int, default=8, help="scenes per update")
     parser.add_argument("--width", type=positive_int, default=16, help="channels of the backbone's first layers")
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="highest learning rate of one cycle (AdamW)")
@@ -110,8 +111,8 @@ def main(argv=None) -> dict:
     if args.batch_size > args.scenes:
         raise UserError(f"--batch-size {args.batch_size}: there are {args.scenes} scenes to train on")
     device = pick_device(args.device)
-    args.val_size = 0
-    data = load(args, torch.device("cpu"), shape=(1, 28, 28))
+    flags = argparse.Namespace(**vars(args), val_size=0)
+    data = load(flags, torch.device("cpu"), shape=(1, 28, 28))
     run = start_run(args)
     classes = len(data.classes)
     scenes, targets = draw_scenes(data.train.x, data.train.y, args.scenes, Generator().manual_seed(args.seed))
@@ -121,11 +122,12 @@ def main(argv=None) -> dict:
     optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, weight_decay=1e-4, fused=True)
     done, seconds = 0, 0.0
     if args.resume and run.path("last.pth").exists():
-        state = checkpoint.load(run.path("last.pth"), device=device, rng=order)
+        state = checkpoint.load(run.path("last.pth"), device=device)
         network.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         done, seconds = state["epoch"], state["seconds"]
-    run.rewind(done)
+        checkpoint.restore_random_states(state, order)
+        run.rewind(done)
     per_epoch = args.scenes // args.batch_size
     for epoch in range(done, args.epochs):
         network.train()
@@ -236,7 +238,7 @@ def draw_detections(held_out: tuple[Tensor, list[dict]], found: list[dict], clas
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, i in zip(axes.flat, shown, strict=False):
-        ax.imshow(scenes[i, 0], vmin=0, vmax=255, interpolation="nearest")
+        ax.imshow(scenes[i, 0].numpy(), vmin=0, vmax=255, interpolation="nearest")
         for box in truth[i]["boxes"]:
             ax.add_patch(outline(box, COLORS[5], "--"))
         for box, label, score in zip(*(found[i][key] for key in ("boxes", "labels", "scores")), strict=True):

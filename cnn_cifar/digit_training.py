@@ -119,8 +119,8 @@ def fit(
 
 
 def seen(x: Tensor) -> Tensor:
-    """Images uint8 as floats of [0, 1]; features as they are."""
-    return pixels(x) if x.dtype == torch.uint8 else x
+    """Images uint8 as floats of [0, 1]; features as float32."""
+    return pixels(x) if x.dtype == torch.uint8 else x.float()
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ import gc
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from shared_utils import checkpoint
@@ -67,3 +68,24 @@ def pictures(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(x[i].transpose(1, 2, 0)).save(path)
     return top
+
+
+@pytest.fixture
+def weights_of():
+    """A function: a state dict of the shapes of torchvision's model `name`, drawn from a seed.
+
+    Its linear layers are one number seen many times, so that a file of it stays small.
+    """
+
+    def drawn(name, **options):
+        torch.manual_seed(0)
+        with torch.device("meta"):
+            state = getattr(torchvision.models, name)(**options).state_dict()
+        return {
+            key: 0.05 * torch.randn(value.shape)
+            if key.startswith("features")
+            else torch.full((1,), 0.01).expand(value.shape)
+            for key, value in state.items()
+        }
+
+    return drawn
