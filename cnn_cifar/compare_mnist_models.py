@@ -117,7 +117,10 @@ def main(argv=None) -> dict:
     return run.finish(
         {
             "recipe": args.recipe,
+            "epochs": args.epochs,
+            "torchvision_epochs": args.torchvision_epochs,
             "seeds": args.seeds,
+            "trainings": len(args.seeds),
             "train_images": len(data.train),
             "test_images": len(y),
             "device": device.type,
