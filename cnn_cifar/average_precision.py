@@ -28,9 +28,9 @@ def hits(found: list[dict[str, Tensor]], truth: list[dict[str, Tensor]]) -> tupl
     scores, labels, hit = [np.zeros(0)], [np.zeros(0, dtype=np.int64)], [np.zeros((len(THRESHOLDS), 0), dtype=bool)]
     for mine, true in zip(found, truth, strict=True):
         order = mine["scores"].argsort(descending=True, stable=True).cpu()
-        boxes, said = mine["boxes"].cpu()[order], mine["labels"].cpu()[order]
+        boxes, said = mine["boxes"].cpu()[order].double(), mine["labels"].cpu()[order]
         same = said[:, None] == true["labels"][None].cpu()  # (d, true boxes)
-        overlap = (box_iou(boxes, true["boxes"].cpu()) * same).numpy()
+        overlap = (box_iou(boxes, true["boxes"].cpu().double()) * same).numpy()
         of_scene = np.zeros((len(THRESHOLDS), len(boxes)), dtype=bool)
         for row, threshold in enumerate(THRESHOLDS):
             left = overlap.copy()  # what may still be hit

@@ -1,8 +1,8 @@
 """Which network reads digits best, and at what cost: layers, convolutions, a transformer, or ImageNet's veterans?
 
     python cnn_cifar/compare_mnist_models.py --amp
-    python cnn_cifar/compare_mnist_models.py --models cnn --recipe strong --epochs 20 --seeds 0 1 2 --amp
-    python cnn_cifar/compare_mnist_models.py --models vgg16 alexnet --pretrained --weights-dir data/weights --amp
+    python cnn_cifar/compare_mnist_models.py --models cnn --recipe strong --amp --out runs/cnn_cifar/strong
+    python cnn_cifar/compare_mnist_models.py --models vgg16 alexnet --pretrained --amp --out runs/cnn_cifar/pretrained
 
 Each network of zoo.py is trained as digit_training.py says, on all training images; the last epoch's weights count, and
 nothing is chosen by the test images. Compared are test accuracy and macro F1, loss, parameters, seconds of training and
@@ -10,10 +10,11 @@ images a second in use. McNemar's test tells two networks apart, by the images t
 trainings of a network from several seeds are an ensemble, too: the mean of their probabilities.
 
 `--pretrained` takes torchvision's ImageNet weights for vgg16 and alexnet, from `--weights-dir` or by download, under
-torchvision's own file names. `--recipe strong` distorts the images. `--val-size` images are not trained on.
+torchvision's own file names. `--recipe strong` distorts the images. The curves are those of the test images, or with
+`--val-size` those of images that are not trained on.
 
 Writes model_comparison.png, training_curves.png, sample_images.png, confusion_matrices.png, shared_errors.png,
-table.md, history.csv, metrics.json; with a vit vit_attention.png and vit_positions.png; of each training
+table.md, history.csv, metrics.json. With a vit also vit_attention.png and vit_positions.png; of each training
 <model>_<seed>.npz (arrays probabilities, losses, accuracies, seconds, …) and <model>_<seed>.pth.
 With --resume a comparison that was stopped goes on with the trainings that are missing.
 Sources: see zoo.py, digit_training.py and vit.py; McNemar 1947; Wilson 1927.
@@ -22,6 +23,7 @@ Shapes: N images, K classes.
 
 import time
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,7 +58,7 @@ KEPT = ("probabilities", "losses", "accuracies", "seconds", "images_per_second",
 
 def build_parser():
     """The command line."""
-    quick = {"models": ["fcnn", "cnn", "vit"], "epochs": 1, "batch_size": 64}
+    quick = {"models": ["fcnn", "cnn", "deep_cnn", "vit"], "epochs": 1}
     parser = make_parser(__doc__, quick=quick)
     add_data_flags(parser, batch_size=64, val_size=0)
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="which networks of zoo.py")
@@ -65,7 +67,7 @@ def build_parser():
     parser.add_argument("--recipe", choices=RECIPES, default="plain", help="strong: distorted images, smoothed labels")
     parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0], help="one training of each network")
     parser.add_argument("--pretrained", action="store_true", help="vgg16 and alexnet begin with ImageNet's weights")
-    parser.add_argument("--weights-dir", default="data/weights", help="where those are, or are downloaded to")
+    parser.add_argument("--weights-dir", help="where those are, or are downloaded to (default: weights in --data-dir)")
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16, with float32 parameters")
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that are missing")
     return parser
@@ -81,10 +83,13 @@ def main(argv=None) -> dict:
             raise UserError(f"{flag} {' '.join(map(str, values))}: each once")
     if args.pretrained and not set(args.models) & set(TORCHVISION):
         raise UserError(f"--pretrained: for {' and '.join(TORCHVISION)}, which are not among --models")
+    if args.batch_size < 2:
+        raise UserError("--batch-size 1: BatchNorm learns from how images differ, give at least 2")
     device = pick_device(args.device)
     used = [name for name in args.models if name in TORCHVISION and args.pretrained]
     instead = "say where it is with --weights-dir, or train from scratch: leave --pretrained out"
-    weights = {name: imagenet_weights(name, args.weights_dir, instead) for name in used}
+    folder = args.weights_dir or Path(args.data_dir) / "weights"
+    weights = {name: imagenet_weights(name, folder, instead) for name in used}
     for name in used:
         build(name, 10, weights[name])  # another network's are refused before the run begins
     data = load(args, device, shape=(1, 28, 28))
@@ -96,10 +101,11 @@ def main(argv=None) -> dict:
     rows = [row_of(name, outcomes, y) for name, outcomes in found.items()]
     right = {name: outcomes[0]["probabilities"].argmax(1) == y for name, outcomes in found.items()}
     pairs = [compared(a, b, right) for a, b in combinations(right, 2)]
-    about = f"{data.title}, {len(data.train):,} images, recipe {args.recipe}"
+    passes = {args.torchvision_epochs if name in TORCHVISION else args.epochs for name in args.models}
+    about = f"{data.title}, {len(data.train):,} images, {' or '.join(map(str, sorted(passes)))} epochs, {args.recipe}"
     save_figure(draw_comparison(rows, pairs, about), run.path("model_comparison.png"))
-    save_figure(draw_curves(found, rows, about), run.path("training_curves.png"))
-    save_figure(draw_samples(data, args.recipe), run.path("sample_images.png"))
+    save_figure(draw_curves(found, rows, "validation" if data.val else "test", about), run.path("training_curves.png"))
+    save_figure(draw_samples(data, args.recipe, args.seed), run.path("sample_images.png"))
     matrices = {
         row["label"]: counted(y, outcomes[0]["probabilities"].argmax(1), labels=range(len(data.classes)))
         for row, outcomes in zip(rows, found.values(), strict=True)
@@ -116,6 +122,7 @@ def main(argv=None) -> dict:
     best = max(rows, key=lambda row: row["accuracy"])
     return run.finish(
         {
+            "data": data.title,
             "recipe": args.recipe,
             "epochs": args.epochs,
             "torchvision_epochs": args.torchvision_epochs,
@@ -134,15 +141,15 @@ def main(argv=None) -> dict:
 
 
 def trained(name: str, seed: int, weights: dict[str, Tensor] | None, data: Data, args, run: Run) -> dict:
-    """What <model>_<seed>.npz holds of a training, which is made unless it is there."""
+    """What <model>_<seed>.npz holds of a training, which is made unless history.csv has it."""
     path = run.path(f"{name}_{seed}.npz")
-    if args.resume and path.exists():
+    if any((row["model"], row["seed"]) == (name, str(seed)) for row in run.history()):
         return load_arrays(path, KEPT)
     seed_everything(seed)  # the network's first weights
     network = build(name, len(data.classes), weights).to(data.train.x.device, memory_format=torch.channels_last)
     how = {"epochs": args.torchvision_epochs if name in TORCHVISION else args.epochs, "batch_size": args.batch_size}
     how |= {"seed": seed, "strong": args.recipe == "strong", "amp": args.amp}
-    outcome = fit(network, optimizer_of(name, network), data.train, data.test, **how)
+    outcome = fit(network, optimizer_of(name, network), data.train, data.val or data.test, **how)
     started = time.perf_counter()
     found = probabilities(network, data.test.x, args.amp).cpu().numpy()
     rate = len(found) / (time.perf_counter() - started)
@@ -151,7 +158,8 @@ def trained(name: str, seed: int, weights: dict[str, Tensor] | None, data: Data,
     size = sum(p.numel() for p in network.parameters())
     title = title_of(name, weights is not None)
     save_arrays(path, probabilities=found, images_per_second=rate, parameters=size, title=title, **about)
-    run.log(model=name, seed=seed, loss=outcome.losses[-1], accuracy=outcome.accuracies[-1], seconds=outcome.seconds)
+    accuracy = float((found.argmax(1) == data.test.y.cpu().numpy()).mean())
+    run.log(model=name, seed=seed, loss=outcome.losses[-1], accuracy=accuracy, seconds=outcome.seconds)
     return load_arrays(path, KEPT)
 
 
@@ -174,7 +182,7 @@ def row_of(name: str, outcomes: list[dict], y: np.ndarray) -> dict:
         "ensemble_accuracy": float((mean.argmax(1) == y).mean()) if len(outcomes) > 1 else None,
         "parameters": int(outcomes[0]["parameters"]),
         "training_seconds": float(np.mean([each["seconds"] for each in outcomes])),
-        "images_per_second": float(np.max([each["images_per_second"] for each in outcomes])),
+        "images_per_second": float(np.mean([each["images_per_second"] for each in outcomes])),
     }
 
 

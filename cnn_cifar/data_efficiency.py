@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from cnn_cifar.digit_training import fit, optimizer_of, probabilities
-from cnn_cifar.inputs import Data, Split, add_data_flags, load
+from cnn_cifar.inputs import Data, Split, load
 from cnn_cifar.vit import ViT
 from cnn_cifar.zoo import OURS
 from shared_utils.checkpoint import load_arrays, save_arrays
@@ -46,14 +46,20 @@ ARMS = {  # name: model of zoo.py, whether the images are distorted
     "ViT, distorted": ("vit", True),
     "ViT, conv stem": ("vit", False),
 }
-PAIRS = (("CNN", "ViT"), ("deep CNN", "CNN"), ("ViT, conv stem", "ViT"), ("ViT, distorted", "ViT"))
+PAIRS = (
+    ("CNN", "ViT"),
+    ("deep CNN", "CNN"),
+    ("CNN, distorted", "CNN"),
+    ("ViT, distorted", "ViT"),
+    ("ViT, conv stem", "ViT"),
+)
 
 
 def build_parser():
     """The command line."""
     quick = {"sizes": [32, 64], "epochs": 1, "least_updates": 2, "batch_size": 32, "seeds": [0, 1]}
     parser = make_parser(__doc__, quick=quick)
-    add_data_flags(parser, batch_size=64, val_size=0)
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="images per update, at most")
     counts = "images to learn from, of all classes together"
     parser.add_argument("--sizes", type=positive_int, nargs="+", default=[100, 1000, 10000, 60000], help=counts)
     parser.add_argument("--epochs", type=positive_int, default=2, help="passes over the images")
@@ -71,10 +77,10 @@ def main(argv=None) -> dict:
     if len(set(args.seeds)) < max(2, len(args.seeds)):
         raise UserError("--seeds: an interval needs at least two seeds, each given once")
     device = pick_device(args.device)
-    small = min(args.batch_size, *args.sizes)
-    if small < 2:
+    if min(args.batch_size, *args.sizes) < 2:
         raise UserError("--batch-size and --sizes: at least two images, BatchNorm learns from how they differ")
-    data = load(args, device, shape=(1, 28, 28))
+    flags = argparse.Namespace(**{**vars(args), "val_size": 0, "batch_size": 1})
+    data = load(flags, device, shape=(1, 28, 28))
     sizes = sorted(set(args.sizes))
     if sizes[-1] > len(data.train):
         raise UserError(f"--sizes {sizes[-1]}: there are {len(data.train)} images to train on")
@@ -90,19 +96,17 @@ def main(argv=None) -> dict:
     pairs = [compared(a, b, size, right) for size in sizes for a, b in PAIRS]
     ends = [row for row in pairs if row["images"] in (sizes[0], sizes[-1]) and (row["a"], row["b"]) == PAIRS[0]]
     conclusion = "; ".join(f"with {row['images']:,} images {said(row)}" for row in ends)
+    updates = {size: epochs_for(size, args) * (size // min(args.batch_size, size)) for size in sizes}
+    accuracies = {size: {row["arm"]: row["accuracy"] for row in rows if row["images"] == size} for size in sizes}
     about = f"{data.title}, {len(args.seeds)} seeds"
-    save_figure(draw(rows, sizes, about, conclusion), run.path("data_efficiency.png"))
+    save_figure(draw(rows, updates, about, conclusion), run.path("data_efficiency.png"))
     return run.finish(
         {
             "seeds": args.seeds,
             "test_images": len(y),
             "device": device.type,
-            "updates": {str(size): epochs_for(size, args) * (size // min(args.batch_size, size)) for size in sizes},
             "conclusion": conclusion,
-            "sizes": [
-                {"images": size, **{row["arm"]: row["accuracy"] for row in rows if row["images"] == size}}
-                for size in sizes
-            ],
+            "sizes": [{"images": size, "updates": updates[size], **accuracies[size]} for size in sizes],
             "rows": rows,
             "pairs": pairs,
         }
@@ -120,9 +124,9 @@ def network_of(arm: str, num_classes: int) -> nn.Module:
 
 
 def trained(arm: str, size: int, seed: int, data: Data, args: argparse.Namespace, run: Run) -> dict:
-    """What the .npz of a training holds, which is made unless it is there."""
+    """What the .npz of a training holds, which is made unless history.csv has it."""
     path = run.path(f"{arm.lower().replace(', ', '_').replace(' ', '_')}_{size}_{seed}.npz")
-    if args.resume and path.exists():
+    if any((row["arm"], row["images"], row["seed"]) == (arm, str(size), str(seed)) for row in run.history()):
         return load_arrays(path, ("chosen", "seconds"))
     name, strong = ARMS[arm]
     order = stratified_order(data.train.y.cpu().numpy(), np.random.default_rng(seed))[:size]
@@ -162,8 +166,9 @@ def said(pair: dict) -> str:
     return f"the {pair['a']} is {points:+.1f} ± {width:.1f} points over the {pair['b']}{shown}"
 
 
-def draw(rows: list[dict], sizes: list[int], about: str, conclusion: str):
-    """Test error against the number of images, and against the seconds of training."""
+def draw(rows: list[dict], updates: dict[int, int], about: str, conclusion: str):
+    """Test error against the number of images, and against the seconds of training. updates: for each size."""
+    sizes = list(updates)
     figure, axes = new_figure(1, 2, width=11.6, height=5.0, sharey=True)
     for index, arm in enumerate(ARMS):
         mine = [row for row in rows if row["arm"] == arm]
@@ -172,12 +177,17 @@ def draw(rows: list[dict], sizes: list[int], about: str, conclusion: str):
         axes[0, 0].plot(sizes, error.mean(1), label=arm, **style)
         axes[0, 0].plot(sizes, error, "_", color=style["color"], markersize=7)
         axes[0, 1].plot([row["training_seconds"] for row in mine], error.mean(1), **style)
-    axes[0, 0].set(xscale="log", yscale="log", xlabel="images to learn from", ylabel="test error (%), mean and seeds")
-    axes[0, 0].set_xticks(sizes, [f"{size:,}" for size in sizes])
+    axes[0, 0].set(
+        xscale="log",
+        yscale="log",
+        xlabel="images to learn from, and below it the updates",
+        ylabel="test error (%), mean and seeds",
+    )
+    axes[0, 0].set_xticks(sizes, [f"{size:,}\n{updates[size]:,}" for size in sizes])
     axes[0, 0].minorticks_off()
     axes[0, 0].legend()
     axes[0, 1].set(xscale="log", xlabel="training (s); each point is one of the sizes")
-    figure.suptitle(f"{about}: {conclusion}")
+    figure.suptitle(f"{about}: " + conclusion.replace("; ", ";\n"))
     return figure
 
 

@@ -127,7 +127,7 @@ def main(argv=None) -> dict:
         optimizer.load_state_dict(state["optimizer"])
         done, seconds = state["epoch"], state["seconds"]
         checkpoint.restore_random_states(state, order)
-        run.rewind(done)
+    run.rewind(done)
     per_epoch = args.scenes // args.batch_size
     for epoch in range(done, args.epochs):
         network.train()
@@ -136,8 +136,8 @@ def main(argv=None) -> dict:
         for step, batch in enumerate(batches, start=epoch * per_epoch):
             for group in optimizer.param_groups:
                 group["lr"] = one_cycle(step, args.epochs * per_epoch, args.lr)
-            found = [{name: part.to(device) for name, part in targets[i].items()} for i in batch]
-            losses = network(list(pixels(scenes[torch.from_numpy(batch)].to(device))), found)
+            wanted = [{name: part.to(device) for name, part in targets[i].items()} for i in batch]
+            losses = network(list(pixels(scenes[torch.from_numpy(batch)].to(device))), wanted)
             optimizer.zero_grad()
             sum(losses.values()).backward()
             optimizer.step()
@@ -183,15 +183,18 @@ def detect(network: FasterRCNN, scenes: Tensor, device: torch.device) -> list[di
 
 
 def mistakes(found: list[dict[str, Tensor]], truth: list[dict[str, Tensor]]) -> dict[str, int]:
-    """Of the boxes with a score above SURE: how many are right (IoU ≥ ½), another digit, at no digit; digits missed."""
+    """Of the boxes with a score above SURE: how many hit, fit another digit, fit none (IoU below ½); digits missed.
+
+    A second box on a digit that is hit counts as fitting another one.
+    """
     count = {"right": 0, "wrong_digit": 0, "no_digit": 0, "missed": 0}
     for mine, true in zip(found, truth, strict=True):
         sure = mine["scores"] > SURE
         overlap = box_iou(mine["boxes"][sure], true["boxes"])  # (d, true boxes)
-        best, at = overlap.max(1)
-        same = mine["labels"][sure] == true["labels"][at]
-        count["right"] += int(((best >= 0.5) & same).sum())
-        count["wrong_digit"] += int(((best >= 0.5) & ~same).sum())
+        best = torch.cat([overlap, overlap.new_zeros(len(overlap), 1)], 1).amax(1)  # 0 where there is no true box
+        _, _, hit = hits([{name: part[sure] for name, part in mine.items()}], [true])
+        count["right"] += int(hit[0].sum())
+        count["wrong_digit"] += int((best >= 0.5).sum()) - int(hit[0].sum())
         count["no_digit"] += int((best < 0.5).sum())
         count["missed"] += int((overlap >= 0.5).any(0).logical_not().sum())
     return count
@@ -207,7 +210,7 @@ def draw_training(history: list[dict], about: str):
     axes[0, 0].set(yscale="log", xlabel="epoch", ylabel="mean training loss of the epoch")
     axes[0, 0].legend()
     largest = max(PARTS, key=lambda name: float(history[-1][name]))
-    figure.suptitle(f"{about}: at the end “{PARTS[largest]}” is the largest part of the loss")
+    figure.suptitle(f"{about}:\nat the end “{PARTS[largest]}” is the largest part of the loss")
     return figure
 
 
@@ -247,7 +250,7 @@ def draw_detections(held_out: tuple[Tensor, list[dict]], found: list[dict], clas
                 said = f"{classes[label - 1]} {score:.0%}"
                 ax.text(float(box[0]), float(box[1]) - 2, said, color=COLORS[4], fontsize=8)
     figure.suptitle(
-        f"{about}, AP50 {ap50:.1%}: above the first held-out scenes, below those with the surest mistakes\n"
+        f"{about}, AP50 {ap50:.1%}\nabove the first held-out scenes, below those with the surest mistakes "
         f"(dashed blue: true; orange: found, with a score above {SURE:.0%})"
     )
     return figure

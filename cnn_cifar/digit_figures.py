@@ -15,7 +15,7 @@ SHOWN = 10  # images of a row
 
 def draw_comparison(rows: list[dict], pairs: list[dict], about: str):
     """Errors with their interval, seconds of training, images a second, parameters: a bar for each network."""
-    figure, axes = new_figure(1, 4, width=13.0, height=1.6 + 0.42 * len(rows), sharey=True)
+    figure, axes = new_figure(1, 4, width=13.0, height=2.0 + 0.42 * len(rows), sharey=True)
     at, errors = np.arange(len(rows)), np.array([100 * (1 - row["accuracy"]) for row in rows])
     interval = np.array([[100 * (1 - row["high"]), 100 * (1 - row["low"])] for row in rows])
     one = 100 * (1 - np.array([row["accuracies"][0] for row in rows]))
@@ -42,19 +42,20 @@ def draw_comparison(rows: list[dict], pairs: list[dict], about: str):
         accuracy, y = np.array(many).T
         label = f"mean of all {len(rows[0]['accuracies'])} trainings' probabilities"
         axes[0, 0].plot(100 * (1 - accuracy), y, "D", color=COLORS[1], label=label)
-        axes[0, 0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.25))
+        figure.legend(loc="outside lower left")
     best, *rest = sorted(rows, key=lambda row: -row["accuracy"])
-    title = f"{about}: {best['label']} is best, {best['accuracy']:.2%} right"
+    title = f"{about}:\n{best['label']} has the fewest errors, {100 * (1 - best['accuracy']):.2f} %"
     if rest:
         both = {best["model"], rest[0]["model"]}
         p = next(pair["p"] for pair in pairs if {pair["a"], pair["b"]} == both)
-        title += f"; next {rest[0]['label']}, {rest[0]['accuracy']:.2%} (McNemar's test: p = {p:.2g})"
+        shown = "" if p < 0.05 else ", no difference is shown"
+        title += f"; next {rest[0]['label']}, {100 * (1 - rest[0]['accuracy']):.2f} % (McNemar: p = {p:.2g}{shown})"
     figure.suptitle(title)
     return figure
 
 
-def draw_curves(found: dict[str, list[dict]], rows: list[dict], about: str):
-    """Training loss and test error after each epoch, of each network's first training."""
+def draw_curves(found: dict[str, list[dict]], rows: list[dict], split: str, about: str):
+    """Training loss and error after each epoch, of each network's first training. split: whose images are watched."""
     figure, axes = new_figure(1, 2, width=10.6, height=4.4)
     for index, (row, outcomes) in enumerate(zip(rows, found.values(), strict=True)):
         losses, accuracies = outcomes[0]["losses"], outcomes[0]["accuracies"]
@@ -62,28 +63,28 @@ def draw_curves(found: dict[str, list[dict]], rows: list[dict], about: str):
         axes[0, 0].plot(epochs, losses, marker="o", label=row["label"], **line_style(index))
         axes[0, 1].plot(epochs, 100 * (1 - accuracies), marker="o", label=row["label"], **line_style(index))
     axes[0, 0].set(yscale="log", xlabel="epoch", ylabel="training loss (nats), as it learns")
-    axes[0, 1].set(yscale="log", xlabel="epoch", ylabel="test error (%)")
+    axes[0, 1].set(yscale="log", xlabel="epoch", ylabel=f"{split} error (%); nothing is chosen by it")
     axes[0, 1].legend()
     first = [100 * (1 - outcomes[0]["accuracies"][0]) for outcomes in found.values()]
     last = [100 * (1 - outcomes[0]["accuracies"][-1]) for outcomes in found.values()]
     figure.suptitle(
-        f"{about}: {min(first):.1f} to {max(first):.1f} % wrong after an epoch, "
+        f"{about}:\n{min(first):.1f} to {max(first):.1f} % wrong after an epoch, "
         f"{min(last):.2f} to {max(last):.2f} % at the end"
     )
     return figure
 
 
-def draw_samples(data: Data, recipe: str):
+def draw_samples(data: Data, recipe: str, seed: int):
     """A training image of each class, and what the strong recipe makes of it."""
     y = data.train.y.cpu()
-    first = torch.stack([(y == label).nonzero()[0, 0] for label in range(len(data.classes))])
-    x = pixels(data.train.x.cpu()[first])
-    rows = [x, *(distorted(x, Generator().manual_seed(seed)) for seed in range(3))]
+    first = torch.stack([(y == label).nonzero()[0, 0] for label in y.unique()])
+    x, generator = pixels(data.train.x.cpu()[first]), Generator().manual_seed(seed)
+    rows = [x, *(distorted(x, generator) for _ in range(3))]
     figure, axes = new_figure(width=8.6, height=3.9)
     image_grid(axes[0, 0], torch.cat(rows)[:, 0].numpy(), len(x), vmin=0, vmax=1)
     used = "is shown these" if recipe == "strong" else "is shown the first row alone"
     figure.suptitle(
-        f"{data.title}: a digit of each class, and below three times as the strong recipe distorts it\n"
+        f"{data.title}: an image of each class, and below\nthree times as the strong recipe distorts it "
         f"(this run's recipe, {recipe}, {used})"
     )
     return figure
@@ -93,7 +94,7 @@ def draw_confusions(matrices: dict[str, np.ndarray], data: Data):
     """A matrix (K, K) of counts for each network, its errors shaded on one scale."""
     columns = min(3, len(matrices))
     rows = -(-len(matrices) // columns)
-    figure, axes = new_figure(rows, columns, width=4.4 * columns, height=4.8 * rows + 0.5)
+    figure, axes = new_figure(rows, columns, width=max(6.4, 4.4 * columns), height=4.8 * rows + 0.6)
     wrong = {label: int(matrix.sum() - np.trace(matrix)) for label, matrix in matrices.items()}
     most = max((matrix * (1 - np.eye(len(matrix), dtype=int))).max() for matrix in matrices.values())
     for ax in axes.flat[len(matrices) :]:
@@ -103,25 +104,24 @@ def draw_confusions(matrices: dict[str, np.ndarray], data: Data):
     total = sum(matrices.values())
     errors = total * (1 - np.eye(len(total), dtype=int))
     row, column = np.unravel_index(errors.argmax(), errors.shape)
-    figure.suptitle(
-        f"{data.title}, first training of each: most often {data.classes[row]} is taken for {data.classes[column]} "
-        f"({errors[row, column]} times in all)"
-    )
+    said = f"most often {data.classes[row]} is taken for {data.classes[column]}, {errors[row, column]} times in all"
+    figure.suptitle(f"{data.title}, first training of each:\n{said if errors.any() else 'no error'}")
     return figure
 
 
 def draw_errors(found: dict[str, list[dict]], data: Data):
     """The test images that most networks get wrong, surest first, with what they are and what is said."""
     y = data.test.y.cpu().numpy()
+    columns = SHOWN if max(map(len, data.classes)) < 4 else 5  # a long name needs a wide cell
     all_of = np.stack([outcomes[0]["probabilities"] for outcomes in found.values()])  # (models, N, K)
     wrong = (all_of.argmax(2) != y).sum(0)  # (N,)
     mean = all_of.mean(0)
-    order = np.lexsort((mean[np.arange(len(y)), y], -wrong))[: 3 * SHOWN]
+    order = np.lexsort((mean[np.arange(len(y)), y], -wrong))[: 3 * columns]
     order = order[wrong[order] > 0]
     figure, axes = new_figure(width=8.6, height=3.9)
     said = [f"{data.classes[y[i]]} → {data.classes[mean[i].argmax()]}  {wrong[i]}/{len(all_of)}" for i in order]
     if len(order):
-        image_grid(axes[0, 0], data.test.x.cpu().numpy()[order], SHOWN, labels=said, vmin=0, vmax=255)
+        image_grid(axes[0, 0], data.test.x.cpu().numpy()[order], columns, labels=said, vmin=0, vmax=255)
     axes[0, 0].set_axis_off()
     figure.suptitle(
         f"{data.title}: {int((wrong == len(all_of)).sum())} of {len(y):,} test images are wrong in all "

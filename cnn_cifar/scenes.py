@@ -79,6 +79,7 @@ def _draw(x: Tensor, y: Tensor, n: int, generator: Generator) -> tuple[Tensor, l
     at = torch.minimum(torch.maximum(at, size / 2), SIDE - size / 2)  # all of it within the scene
     layers = laid(pixels(x[chosen]), *at, size, turn) * there.view(-1, 1, 1)
     boxes, labels = boxes_of(layers).view(n, MOST, 4), y[chosen].view(n, MOST) + 1
+    there &= boxes[..., 2] > 0  # an image too dark to be seen is not to be found
     # Shreds: a square cut out of a digit anywhere.
     many = n * SHREDS
     corners = torch.randint(x.shape[-1] - SHRED + 1, (2, many, 1), generator=generator) + torch.arange(SHRED)

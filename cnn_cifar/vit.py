@@ -62,7 +62,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Images (B, C, S, S) of [0, 1] → logits (B, K). Normalisation is part of it.
 
-    Errors: `UserError` when the side is no multiple of the patch, or the width none of the heads.
+    Errors: `UserError` when the side is no multiple of the patch, or the width none of the heads, or an odd patch is to
+    come from convolutions.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class ViT(nn.Module):
         stem: str = "patch",
     ):
         super().__init__()
-        if size % patch or dim % heads or stem not in STEMS:
+        if size % patch or dim % heads or stem not in STEMS or (stem == "conv" and patch % 2):
             raise UserError(f"a ViT of {size} pixels in patches of {patch}, width {dim} in {heads} heads, stem {stem}?")
         self.normalize, channels = Normalize(mean, std), len(mean)
         if stem == "patch":

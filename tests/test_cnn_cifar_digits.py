@@ -126,18 +126,35 @@ def test_a_new_run_does_not_take_an_old_ones_trainings(digits, tmp_path):
     assert first["models"][0]["loss"] != second["models"][0]["loss"]
 
 
+@pytest.mark.parametrize("module", FLAGS, ids=named)
+def test_a_resumed_run_takes_nothing_of_a_run_before_it(module, digits, folders, tmp_path, monkeypatch):
+    """A finished run with other flags; another in its folder, stopped at once, and resumed."""
+    flags = ("--dataset", digits, "--out", tmp_path)
+    ran(module, *flags, "--batch-size", 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "fit", lambda *args, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ran(module, *flags)
+    assert without_times(ran(module, *flags, "--resume")) == without_times(read_json(folders[module] / "metrics.json"))
+
+
+def test_a_class_without_a_training_image_is_no_obstacle(digits, tmp_path):
+    ran(compare_mnist_models, "--dataset", digits, "--out", tmp_path, "--val-size", 51, "--batch-size", 9)
+    assert (tmp_path / "sample_images.png").exists()
+
+
 def test_networks_with_imagenets_weights_are_compared(digits, tmp_path, weights_of):
     """The whole path, with weights of the right shapes under torchvision's own file name."""
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     url = torchvision.models.AlexNet_Weights.IMAGENET1K_V1.url
     torch.save(weights_of("alexnet"), cache / url.rpartition("/")[2])
-    flags = ["--models", "alexnet", "--pretrained", "--weights-dir", cache, "--torchvision-epochs", 2, "--seeds", 3]
+    flags = ["--models", "alexnet", "--pretrained", "--weights-dir", cache, "--torchvision-epochs", 1, "--seeds", 3]
     metrics = ran(compare_mnist_models, *flags, "--dataset", digits, "--out", tmp_path / "out")
     (row,) = metrics["models"]
     assert row["label"] == "AlexNet, ImageNet's, frozen"
     assert row["ensemble_accuracy"] is None
-    assert len(load_arrays(tmp_path / "out" / "alexnet_3.npz")["losses"]) == 2
+    assert len(load_arrays(tmp_path / "out" / "alexnet_3.npz")["losses"]) == 1
     state = torch.load(tmp_path / "out" / "alexnet_3.pth", weights_only=True)["model"]
     given = weights_of("alexnet")
     assert torch.equal(state["convolutions.0.0.weight"], given["features.0.weight"])
@@ -155,6 +172,7 @@ def test_a_comparison_that_cannot_be_made_gets_one_line(digits, tmp_path, fails,
     said = fails(compare_mnist_models, [*flags, "--batch-size", 61], out)
     assert "--batch-size 61: there are 60 images to train on" in said
     assert "28" in fails(compare_mnist_models, [*flags, "--dataset", "shapes"], out)
+    assert "--batch-size 1: BatchNorm" in fails(compare_mnist_models, [*flags, "--batch-size", 1], out)
 
     def offline(*args, **options):
         raise urllib.error.URLError("no network")
@@ -194,6 +212,12 @@ def test_the_study_is_made_of_its_trainings(folders, digits):
             np.mean([one.mean() - other.mean() for one, other in zip(a, b, strict=True)])
         )
         assert (pair["only_a_right"], pair["only_b_right"], pair["p"]) == mcnemar(a[0], b[0])
+
+
+def test_one_vit_gets_its_patches_from_convolutions():
+    kinds = {arm: type(getattr(data_efficiency.network_of(arm, 10), "stem", None)).__name__ for arm in ARMS}
+    assert kinds["ViT"] == kinds["ViT, distorted"] == "Conv2d"
+    assert kinds["ViT, conv stem"] == "Sequential"
 
 
 def test_every_size_gets_enough_updates():
