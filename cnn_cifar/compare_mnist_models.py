@@ -102,7 +102,8 @@ def main(argv=None) -> dict:
     right = {name: outcomes[0]["probabilities"].argmax(1) == y for name, outcomes in found.items()}
     pairs = [compared(a, b, right) for a, b in combinations(right, 2)]
     passes = {args.torchvision_epochs if name in TORCHVISION else args.epochs for name in args.models}
-    about = f"{data.title}, {len(data.train):,} images, {' or '.join(map(str, sorted(passes)))} epochs, {args.recipe}"
+    epochs = f"{' or '.join(map(str, sorted(passes)))} epoch{'s' if passes != {1} else ''}"
+    about = f"{data.title}, {len(data.train):,} images, {epochs}, {args.recipe} recipe"
     save_figure(draw_comparison(rows, pairs, about), run.path("model_comparison.png"))
     save_figure(draw_curves(found, rows, "validation" if data.val else "test", about), run.path("training_curves.png"))
     save_figure(draw_samples(data, args.recipe, args.seed), run.path("sample_images.png"))
