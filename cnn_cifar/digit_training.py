@@ -141,9 +141,9 @@ def features_of(network: Torchvision, x: Tensor, amp: bool) -> Tensor:
     network.eval()
     found = None
     with autocast(x.device, amp):
-        for some, start in zip(x.split(LARGE_TOGETHER), range(0, len(x), LARGE_TOGETHER), strict=True):
-            features = network.features(pixels(some))  # bfloat16 with amp
+        for start in range(0, len(x), LARGE_TOGETHER):
+            features = network.features(pixels(x[start : start + LARGE_TOGETHER]))
             if found is None:
-                found = features.new_empty(len(x), features.shape[1])  # written in place: twice it may be too much
-            found[start : start + len(some)] = features
+                found = features.new_empty(len(x), features.shape[1])  # filled in place: all of it twice may not fit
+            found[start : start + len(features)] = features
     return found
