@@ -23,6 +23,8 @@ from shared_utils.cli import UserError
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training images, in units of [0, 1]
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
+MNIST = {"mean": (0.1307,), "std": (0.3081,)}
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # what torchvision's weights want
 
 
 class Normalize(nn.Module):

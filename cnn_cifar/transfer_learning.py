@@ -40,7 +40,7 @@ from matplotlib.ticker import LogFormatter, NullLocator
 from torch import Tensor, nn
 
 from cnn_cifar.inputs import Data, Split, add_data_flags, check_study, load, pixels, resized, share
-from cnn_cifar.models import Normalize, get_param_groups
+from cnn_cifar.models import IMAGENET, Normalize, get_param_groups
 from cnn_cifar.pretrained import backbone, imagenet_weights, read_weights
 from cnn_cifar.resnet import ResNet
 from shared_utils import checkpoint
@@ -55,7 +55,6 @@ from shared_utils.seeding import seed_everything
 from shared_utils.stats import half_width
 
 WAYS = ("scratch", "frozen", "fine-tuned")
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of [0, 1]; torchvision's weights want them
 
 
 def build_parser():

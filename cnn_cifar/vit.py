@@ -10,16 +10,16 @@ With `stem="conv"` two convolutions of stride 2 make the patches' numbers, which
 
 Sources: Dosovitskiy et al. 2021 (the network); Xiao et al. 2021, arXiv 2106.14881 (convolutions as the first step);
 Abnar and Zuidema 2020 (attention rollout).
-Shapes: B images (B, C, S, S) of [0, 1], d width, T = (S / 4)² + 1 tokens, h heads, K classes.
+Shapes: B images (B, 1, S, S) of [0, 1], d width, T = (S / 4)² + 1 tokens, h heads, K classes.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cnn_cifar.dropout import Dropout
-from cnn_cifar.models import Normalize
+from cnn_cifar.models import MNIST, Normalize
 from shared_utils.cli import UserError
+from shared_utils.dropout import Dropout
 
 STEMS = ("patch", "conv")
 
@@ -60,7 +60,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images (B, C, S, S) of [0, 1] → logits (B, K). Normalisation is part of it.
+    """Images (B, 1, S, S) of [0, 1] → logits (B, K). Normalisation is part of it.
 
     Errors: `UserError` when the side is no multiple of the patch, or the width none of the heads, or an odd patch is to
     come from convolutions.
@@ -70,8 +70,6 @@ class ViT(nn.Module):
         self,
         num_classes: int = 10,
         size: int = 28,
-        mean: tuple[float, ...] = (0.1307,),
-        std: tuple[float, ...] = (0.3081,),
         patch: int = 4,
         dim: int = 128,
         depth: int = 6,
@@ -83,12 +81,12 @@ class ViT(nn.Module):
         super().__init__()
         if size % patch or dim % heads or stem not in STEMS or (stem == "conv" and patch % 2):
             raise UserError(f"a ViT of {size} pixels in patches of {patch}, width {dim} in {heads} heads, stem {stem}?")
-        self.normalize, channels = Normalize(mean, std), len(mean)
+        self.normalize = Normalize(**MNIST)
         if stem == "patch":
-            self.stem = nn.Conv2d(channels, dim, patch, stride=patch)  # a linear map of each patch
+            self.stem = nn.Conv2d(1, dim, patch, stride=patch)  # a linear map of each patch
         else:
             self.stem = nn.Sequential(
-                nn.Conv2d(channels, dim // 2, 3, stride=2, padding=1),
+                nn.Conv2d(1, dim // 2, 3, stride=2, padding=1),
                 nn.BatchNorm2d(dim // 2),
                 nn.ReLU(),
                 nn.Conv2d(dim // 2, dim, 3, stride=patch // 2, padding=1),

@@ -24,15 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
-from cnn_cifar.dropout import Dropout
 from cnn_cifar.inputs import resized
-from cnn_cifar.models import Normalize
+from cnn_cifar.models import IMAGENET, MNIST, Normalize
 from cnn_cifar.pretrained import take_weights
 from cnn_cifar.vit import ViT
+from shared_utils.dropout import Dropout
 
-MNIST = {"mean": (0.1307,), "std": (0.3081,)}  # of the training images, in units of [0, 1]
 TORCHVISION = {"vgg16": "VGG16", "alexnet": "AlexNet"}
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def convolution(c_in: int, c_out: int, stride: int = 1) -> list[nn.Module]:

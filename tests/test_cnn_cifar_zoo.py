@@ -12,11 +12,11 @@ from torch import Generator, nn
 
 from cnn_cifar import digit_training, vit, zoo
 from cnn_cifar.digit_training import distorted, features_of, fit, optimizer_of, probabilities
-from cnn_cifar.dropout import Dropout
 from cnn_cifar.inputs import Split, pixels, resized
 from cnn_cifar.vit import Attention, Block, ViT, position_similarity, rollout
 from shared_utils.cli import UserError
 from shared_utils.data import load_images
+from shared_utils.dropout import Dropout
 from shared_utils.runs import ROOT
 from shared_utils.seeding import seed_everything
 
@@ -27,43 +27,6 @@ def images(n, classes=10):
     generator = Generator().manual_seed(1)
     x = torch.randint(0, 256, (n, 1, 28, 28), generator=generator, dtype=torch.uint8)
     return Split(x, torch.arange(n) % classes)
-
-
-# --- dropout ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("p", [0.1, 0.25, 0.5])
-def test_dropout_keeps_the_mean_and_drops_the_share(p):
-    torch.manual_seed(0)
-    x = torch.ones(999, 1001, requires_grad=True)
-    y = Dropout(p)(x)
-    quantized = round(256 * p) / 256
-    assert (y == 0).float().mean().item() == pytest.approx(quantized, abs=2e-3)
-    assert y[y > 0].unique().tolist() == pytest.approx([1 / (1 - quantized)])
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach())  # the same values are dropped
-
-
-def test_dropout_drops_each_value_by_itself_whatever_the_layout():
-    torch.manual_seed(0)
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        x = torch.ones(16, 32, 16, 16).contiguous(memory_format=memory_format)
-        kept = (Dropout(0.5)(x) > 0).float() - 0.5
-        for axis in range(4):
-            for by in range(1, 9):  # eight values come from one draw
-                assert abs((kept * kept.roll(by, axis)).mean().item()) < 0.01
-    expanded = Dropout(0.5)(torch.ones(1, 1).expand(64, 64))
-    assert 0.3 < (expanded == 0).float().mean() < 0.7
-    assert not torch.equal(expanded[0], expanded[1])
-
-
-def test_dropout_does_nothing_in_evaluation_mode_or_at_0():
-    x = torch.randn(5, 7)
-    assert torch.equal(Dropout(0.5).eval()(x), x)
-    assert torch.equal(Dropout(0.0)(x), x)
-    for p in (1.0, -0.1):
-        with pytest.raises(ValueError, match="dropout of"):
-            Dropout(p)
 
 
 # --- the ViT ------------------------------------------------------------------------------------------------------
@@ -218,7 +181,7 @@ def test_the_cnn_is_what_the_table_says():
     kinds = [type(layer).__name__ for layer in zoo.cnn()]
     block = ["Conv2d", "BatchNorm2d", "ReLU", "MaxPool2d", "Dropout"]
     assert kinds == ["Normalize", *3 * block, "Flatten", *2 * ["Linear", "ReLU", "Dropout"], "Linear"]
-    dropped = [layer.dropped / 256 for layer in zoo.cnn() if isinstance(layer, Dropout)]
+    dropped = [layer.p for layer in zoo.cnn() if isinstance(layer, Dropout)]
     assert dropped == [0.25, 0.25, 0.25, 0.5, 0.5]
 
 
@@ -378,7 +341,7 @@ def test_the_strong_recipe_smooths_the_labels_and_distorts(monkeypatch):
     network = zoo.build("fcnn", 10)  # a single update at which nothing is random but dropout, which is turned off
     for module in network.modules():
         if isinstance(module, Dropout):
-            module.dropped = 0
+            module.p = 0.0
     data = images(10)
     network.train()
     logits = network(pixels(data.x))

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shared_utils.cli import UserError
+from shared_utils.dropout import dropped
 from shared_utils.modes import evaluating
 
 ATTENTION = ("manual", "sdpa")
@@ -116,19 +117,6 @@ def attention_weights(q: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:
 def causal(t: int, s: int, device: torch.device) -> Tensor:
     """Where the last t of s positions may look: at themselves and back; bool (t, s)."""
     return torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
-
-
-def dropped(x: Tensor, p: float) -> Tensor:
-    """x with each value 0 with probability p (to 2⁻¹⁷), the rest divided by 1 − p: PyTorch's dropout.
-
-    PyTorch draws a number for every value, and on a CPU one after the other: a quarter of a training's time. Here a
-    number of 64 bits decides for four values.
-    """
-    if p in (0, 1) or x.device.type != "cpu":
-        return F.dropout(x, p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    kept = bits[: x.numel()].view(x.shape) >= round(p * 2**16) - 2**15
-    return x * kept.to(x.dtype).div_(1 - p)
 
 
 class Block(nn.Module):
