@@ -237,7 +237,7 @@ def draw_detections(held_out: tuple[Tensor, list[dict]], found: list[dict], clas
     half = SHOWN // 2
     rest = [i for i in worst if i >= half]
     shown = [*range(min(half, len(truth))), *rest[:half]]
-    figure, axes = new_figure(2, half, width=11.0, height=6.3)
+    figure, axes = new_figure(2, half, width=9.4, height=5.5)
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, i in zip(axes.flat, shown, strict=False):
@@ -250,7 +250,7 @@ def draw_detections(held_out: tuple[Tensor, list[dict]], found: list[dict], clas
                 said = f"{classes[label - 1]} {score:.0%}"
                 ax.text(float(box[0]), float(box[1]) - 2, said, color=COLORS[4], fontsize=8)
     figure.suptitle(
-        f"{about}, AP50 {ap50:.1%}\nabove the first held-out scenes, below those with the surest mistakes "
+        f"{about}, AP50 {ap50:.1%}: above the first held-out scenes, below those with the surest mistakes\n"
         f"(dashed blue: true; orange: found, with a score above {SURE:.0%})"
     )
     return figure

@@ -155,10 +155,9 @@ def draw_positions(network: ViT):
     distance = torch.cdist(at, at)
     near, far = likeness[(distance > 0) & (distance < 1.5)].mean(), likeness[distance > 3].mean()
     figure, axes = new_figure(width=6.4, height=6.2)
-    image = axes[0, 0]
-    image_grid(image, likeness.view(-1, side, side).numpy(), side, vmin=-1, vmax=1, cmap="viridis")
+    image_grid(axes[0, 0], likeness.view(-1, side, side).numpy(), side, vmin=-1, vmax=1, cmap="viridis")
     figure.suptitle(
-        f"Learned positions: a small map for each patch, of its likeness with all others\n"
+        f"Learned positions: a small map for each patch, of its cosine with all others (yellow: 1)\n"
         f"neighbours {near:.2f}, patches more than three apart {far:.2f}"
     )
     return figure
