@@ -237,7 +237,7 @@ def draw_detections(held_out: tuple[Tensor, list[dict]], found: list[dict], clas
     half = SHOWN // 2
     rest = [i for i in worst if i >= half]
     shown = [*range(min(half, len(truth))), *rest[:half]]
-    figure, axes = new_figure(2, half, width=9.4, height=5.5)
+    figure, axes = new_figure(2, half, width=8.8, height=5.2)
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, i in zip(axes.flat, shown, strict=False):
