@@ -49,7 +49,7 @@ PARTS = {  # of the loss, under torchvision's names
     "loss_box_reg": "where, then",
 }
 SURE = 0.5  # boxes with a score above this are drawn
-SHOWN = 8  # scenes
+SHOWN = 6  # scenes
 
 
 class Backbone(nn.Module):
@@ -237,7 +237,7 @@ def draw_detections(held_out: tuple[Tensor, list[dict]], found: list[dict], clas
     half = SHOWN // 2
     rest = [i for i in worst if i >= half]
     shown = [*range(min(half, len(truth))), *rest[:half]]
-    figure, axes = new_figure(2, half, width=8.8, height=5.2)
+    figure, axes = new_figure(2, half, width=8.6, height=6.4)
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, i in zip(axes.flat, shown, strict=False):
@@ -250,7 +250,7 @@ def draw_detections(held_out: tuple[Tensor, list[dict]], found: list[dict], clas
                 said = f"{classes[label - 1]} {score:.0%}"
                 ax.text(float(box[0]), float(box[1]) - 2, said, color=COLORS[4], fontsize=8)
     figure.suptitle(
-        f"{about}, AP50 {ap50:.1%}: above the first held-out scenes, below those with the surest mistakes\n"
+        f"{about}, AP50 {ap50:.1%}: above the first held-out scenes,\nbelow those with the surest mistakes "
         f"(dashed blue: true; orange: found, with a score above {SURE:.0%})"
     )
     return figure
