@@ -8,9 +8,10 @@ import torch
 import torchvision
 from PIL import Image
 from sklearn.metrics import f1_score
+from torch import nn
 
 from cnn_cifar import compare_mnist_models, data_efficiency
-from cnn_cifar.data_efficiency import ARMS, epochs_for
+from cnn_cifar.data_efficiency import ARMS, epochs_for, network_of
 from shared_utils.checkpoint import load_arrays
 from shared_utils.data import load_images
 from shared_utils.runs import read_json
@@ -20,6 +21,14 @@ COMPARE = ["--models", "fcnn", "cnn", "--seeds", 3, 5, "--epochs", 2, "--batch-s
 EFFICIENCY = ["--sizes", 40, 20, "--seeds", 3, 5, "--epochs", 1, "--least-updates", 3, "--batch-size", 16]
 EFFICIENCY += ["--device", "cpu"]
 FLAGS = {compare_mnist_models: COMPARE, data_efficiency: EFFICIENCY}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_networks():
+    """The study of few images trains its arms on small networks; `network_of` below is the real one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_efficiency, "network_of", lambda arm, n: nn.Sequential(nn.Flatten(), nn.Linear(784, n)))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +224,7 @@ def test_the_study_is_made_of_its_trainings(folders, digits):
 
 
 def test_one_vit_gets_its_patches_from_convolutions():
-    kinds = {arm: type(getattr(data_efficiency.network_of(arm, 10), "stem", None)).__name__ for arm in ARMS}
+    kinds = {arm: type(getattr(network_of(arm, 10), "stem", None)).__name__ for arm in ARMS}
     assert kinds["ViT"] == kinds["ViT, distorted"] == "Conv2d"
     assert kinds["ViT, conv stem"] == "Sequential"
 
