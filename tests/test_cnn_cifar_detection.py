@@ -202,6 +202,22 @@ def test_a_stopped_training_ends_with_the_same_weights(tmp_path, stopped):
     assert again["ap50"] == whole["ap50"]
 
 
+def test_the_held_out_scenes_are_of_test_digits_and_drawn_otherwise(tmp_path, monkeypatch):
+    calls = []
+
+    def seen(x, y, n, generator):
+        calls.append((x, n, generator.initial_seed()))
+        return draw_scenes(x, y, n, generator)
+
+    monkeypatch.setattr(detect_digits, "draw_scenes", seen)
+    ran(tmp_path, "--epochs", 1)
+    (train, n, seed), (test, held_out, other) = calls
+    assert (n, held_out) == (12, 6)
+    assert seed != other
+    assert torch.equal(train, torch.from_numpy(load_images("digits", "train", "").x))
+    assert torch.equal(test, torch.from_numpy(load_images("digits", "test", "").x))
+
+
 def test_the_metrics_say_what_was_measured(tmp_path):
     metrics = read_json(ran(tmp_path)["run"] and tmp_path / "metrics.json")
     assert metrics["test_scenes"] == 6
