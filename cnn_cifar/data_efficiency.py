@@ -23,6 +23,7 @@ import math
 
 import numpy as np
 import torch
+from matplotlib.ticker import NullLocator
 from torch import nn
 
 from cnn_cifar.digit_training import fit, optimizer_of, probabilities
@@ -184,7 +185,7 @@ def draw(rows: list[dict], updates: dict[int, int], about: str, conclusion: str)
         ylabel="test error (%), mean and seeds",
     )
     axes[0, 0].set_xticks(sizes, [f"{size:,}\n{updates[size]:,}" for size in sizes])
-    axes[0, 0].minorticks_off()
+    axes[0, 0].xaxis.set_minor_locator(NullLocator())
     axes[0, 0].legend()
     axes[0, 1].set(xscale="log", xlabel="training (s); each point is one of the sizes")
     figure.suptitle(f"{about}: " + conclusion.replace("; ", ";\n"))

@@ -44,8 +44,10 @@ def draw_comparison(rows: list[dict], pairs: list[dict], about: str):
         axes[0, 0].plot(100 * (1 - accuracy), y, "D", color=COLORS[1], label=label)
         figure.legend(loc="outside lower left")
     best, *rest = sorted(rows, key=lambda row: -row["accuracy"])
-    title = f"{about}:\n{best['label']} has the fewest errors, {100 * (1 - best['accuracy']):.2f} %"
+    error = f"{100 * (1 - best['accuracy']):.2f} %"
+    title = f"{about}:\n{best['label']}, {error} wrong"
     if rest:
+        title = f"{about}:\n{best['label']} has the fewest errors, {error}"
         both = {best["model"], rest[0]["model"]}
         p = next(pair["p"] for pair in pairs if {pair["a"], pair["b"]} == both)
         shown = "" if p < 0.05 else ", no difference is shown"
@@ -65,12 +67,12 @@ def draw_curves(found: dict[str, list[dict]], rows: list[dict], split: str, abou
     axes[0, 0].set(yscale="log", xlabel="epoch", ylabel="training loss (nats), as it learns")
     axes[0, 1].set(yscale="log", xlabel="epoch", ylabel=f"{split} error (%); nothing is chosen by it")
     axes[0, 1].legend()
-    first = [100 * (1 - outcomes[0]["accuracies"][0]) for outcomes in found.values()]
-    last = [100 * (1 - outcomes[0]["accuracies"][-1]) for outcomes in found.values()]
-    figure.suptitle(
-        f"{about}:\n{min(first):.1f} to {max(first):.1f} % wrong after an epoch, "
-        f"{min(last):.2f} to {max(last):.2f} % at the end"
-    )
+    first, last = (sorted(100 * (1 - one[0]["accuracies"][at]) for one in found.values()) for at in (0, -1))
+    if len(rows) == 1:
+        said = f"{first[0]:.1f} % wrong after an epoch, {last[0]:.2f} % at the end"
+    else:
+        said = f"{first[0]:.1f} to {first[-1]:.1f} % wrong after an epoch, {last[0]:.2f} to {last[-1]:.2f} % at the end"
+    figure.suptitle(f"{about}:\n{said}")
     return figure
 
 
@@ -157,7 +159,7 @@ def draw_positions(network: ViT):
     figure, axes = new_figure(width=6.4, height=6.2)
     image_grid(axes[0, 0], likeness.view(-1, side, side).numpy(), side, vmin=-1, vmax=1, cmap="viridis")
     figure.suptitle(
-        f"Learned positions: a small map for each patch, of its cosine with all others (yellow: 1)\n"
-        f"neighbours {near:.2f}, patches more than three apart {far:.2f}"
+        f"Learned positions: each patch's cosine with all others (yellow: 1)\n"
+        f"mean of neighbours {near:.2f}, of patches more than three apart {far:.2f}"
     )
     return figure
