@@ -40,7 +40,7 @@ from cnn_cifar.digit_figures import (
     draw_positions,
     draw_samples,
 )
-from cnn_cifar.digit_training import RECIPES, fit, optimizer_of, probabilities
+from cnn_cifar.digit_training import RECIPES, fit, probabilities
 from cnn_cifar.inputs import Data, add_data_flags, load
 from cnn_cifar.pretrained import imagenet_weights
 from cnn_cifar.zoo import MODELS, TORCHVISION, build, title_of
@@ -106,7 +106,7 @@ def main(argv=None) -> dict:
     about = f"{data.title}, {len(data.train):,} images, {epochs}, {args.recipe} recipe"
     save_figure(draw_comparison(rows, pairs, about), run.path("model_comparison.png"))
     save_figure(draw_curves(found, rows, "validation" if data.val else "test", about), run.path("training_curves.png"))
-    save_figure(draw_samples(data, args.recipe, args.seed), run.path("sample_images.png"))
+    save_figure(draw_samples(data, args.models, args.recipe, args.seed), run.path("sample_images.png"))
     matrices = {
         row["label"]: counted(y, outcomes[0]["probabilities"].argmax(1), labels=range(len(data.classes)))
         for row, outcomes in zip(rows, found.values(), strict=True)
@@ -150,7 +150,7 @@ def trained(name: str, seed: int, weights: dict[str, Tensor] | None, data: Data,
     network = build(name, len(data.classes), weights).to(data.train.x.device, memory_format=torch.channels_last)
     how = {"epochs": args.torchvision_epochs if name in TORCHVISION else args.epochs, "batch_size": args.batch_size}
     how |= {"seed": seed, "strong": args.recipe == "strong", "amp": args.amp}
-    outcome = fit(network, optimizer_of(name, network), data.train, data.val or data.test, **how)
+    outcome = fit(name, network, data.train, data.val or data.test, **how)
     started = time.perf_counter()
     found = probabilities(network, data.test.x, args.amp).cpu().numpy()
     rate = len(found) / (time.perf_counter() - started)

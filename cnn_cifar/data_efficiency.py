@@ -26,7 +26,7 @@ import torch
 from matplotlib.ticker import NullLocator
 from torch import nn
 
-from cnn_cifar.digit_training import fit, optimizer_of, probabilities
+from cnn_cifar.digit_training import fit, probabilities
 from cnn_cifar.inputs import Data, Split, load
 from cnn_cifar.vit import ViT
 from cnn_cifar.zoo import OURS
@@ -136,7 +136,7 @@ def trained(arm: str, size: int, seed: int, data: Data, args: argparse.Namespace
     seed_everything(seed)  # the network's first weights
     network = network_of(arm, len(data.classes)).to(data.train.x.device, memory_format=torch.channels_last)
     how = {"epochs": epochs_for(size, args), "batch_size": min(args.batch_size, size), "seed": seed}
-    outcome = fit(network, optimizer_of(name, network), few, None, **how, strong=strong, amp=args.amp)
+    outcome = fit(name, network, few, None, **how, strong=strong, amp=args.amp)
     chosen = probabilities(network, data.test.x, args.amp).argmax(1).cpu().numpy()
     save_arrays(path, chosen=chosen, seconds=outcome.seconds)
     accuracy = float((chosen == data.test.y.cpu().numpy()).mean())

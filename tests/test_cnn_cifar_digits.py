@@ -240,10 +240,10 @@ def test_every_size_gets_enough_updates():
 def test_the_arms_learn_from_the_same_images_and_larger_sizes_contain_smaller(digits, tmp_path, monkeypatch):
     fit, given = data_efficiency.fit, {}
 
-    def seen(network, optimizer, train, test, **how):
+    def seen(name, network, train, test, **how):
         assert test is None  # read once, at the end
         given.setdefault((len(train), how["seed"]), []).append(train.x)
-        return fit(network, optimizer, train, test, **{**how, "epochs": 1})
+        return fit(name, network, train, test, **{**how, "epochs": 1})
 
     monkeypatch.setattr(data_efficiency, "fit", seen)
     ran(data_efficiency, "--dataset", digits, "--out", tmp_path)
