@@ -79,9 +79,15 @@ class ExperimentParser(argparse.ArgumentParser):
             # A value that the namespace already holds beats a default, and a flag in argv beats both.
             parsed, rest = super().parse_known_args(argv, argparse.Namespace(**self.quick))
         parsed.experiment, parsed.script = self.experiment, self.script
-        parsed.command = f"{self.prog} {shlex.join(argv)}".strip()
+        made_by = [arg for arg in argv if arg != "--resume"]  # it changes when a result comes, not which
+        parsed.command = f"{self.prog} {shlex.join(made_by)}".strip()
         parsed.started = time.perf_counter()
         return parsed, rest
+
+    @property
+    def resumable(self) -> bool:
+        """Whether the script has `--resume`."""
+        return "--resume" in self._option_string_actions
 
     def error(self, message: str):
         self.exit(2, f"{self.script}.py: error: {' '.join(str(message).split())}\n")
@@ -124,7 +130,7 @@ def make_parser(
     return parser
 
 
-def run_main(main: Callable[[], dict], build_parser: Callable[[], argparse.ArgumentParser]) -> None:
+def run_main(main: Callable[[], dict], build_parser: Callable[[], ExperimentParser]) -> None:
     """Run a script's `main`: a `UserError` ends as one line and exit code 2, Ctrl-C with how to go on (130)."""
     try:
         main()
@@ -132,6 +138,5 @@ def run_main(main: Callable[[], dict], build_parser: Callable[[], argparse.Argum
         build_parser().error(str(error))
     except KeyboardInterrupt:
         parser = build_parser()
-        resumable = any("--resume" in action.option_strings for action in parser._actions)
-        hint = "the same command with --resume goes on from there" if resumable else "run the command again"
+        hint = "the same command with --resume goes on from there" if parser.resumable else "run the command again"
         parser.exit(130, f"\n{parser.prog}: interrupted; what was saved is kept, {hint}\n")

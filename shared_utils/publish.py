@@ -4,8 +4,9 @@
     python -m shared_utils.publish mnist_svm_gabor --only train
     python -m shared_utils.publish --tables
 
-Copies metrics.json and the PNGs of each declared run that `runs/` holds; a quick run is refused. `--tables` rewrites
-the READMEs alone. No number in a README is typed by hand; it stands between markers, comments that no reader sees:
+Copies metrics.json and the PNGs of each declared run that `runs/` holds; a quick run, and one with other flags than
+the declared ones, is refused. `--tables` rewrites the READMEs alone. No number in a README is typed by hand; it stands
+between markers, comments that no reader sees:
 
     <!-- runs --> … <!-- /runs -->                        in an experiment's README: each published run, a row each
     <!-- results --> … <!-- /results -->                  in the first README: those with `first_page`
@@ -33,7 +34,7 @@ def publish(experiment: str, runs_dir: Path, only: list[str] | None = None) -> l
     """Copy the finished runs of `experiment` and return their names.
 
     Errors: `UserError`, before anything is copied, for an unknown name in `only`, a run that has not finished, a quick
-    run and a figure over 300 KB.
+    run, one with flags that are not declared, and a figure over 300 KB.
     """
     declared = {run.name: run for run in declared_runs(experiment)}
     if unknown := set(only or ()) - set(declared):
@@ -43,9 +44,13 @@ def publish(experiment: str, runs_dir: Path, only: list[str] | None = None) -> l
         found = {name: folder for name, folder in found.items() if (folder / "metrics.json").exists()}
     if not found:
         raise UserError(f"no finished run of {experiment} in {runs_dir}; `python -m shared_utils.reproduce` makes them")
-    for folder in found.values():
-        if read_json(folder / "metrics.json")["run"]["quick"]:
+    for name, folder in found.items():
+        about = read_json(folder / "metrics.json")["run"]
+        if about["quick"]:
             raise UserError(f"{folder} is a quick run, which is not published")
+        wanted = [declared[name].command(below, quick=False) for below in (Path("runs"), runs_dir)]
+        if _without_places(about["command"]) not in map(_without_places, wanted):
+            raise UserError(f"{folder} was made by `{about['command']}`; declared is `{wanted[0]}`")
         for figure in figures(folder):
             if figure.stat().st_size > MAX_FIGURE_BYTES:
                 raise UserError(f"{figure} has {figure.stat().st_size // 1000} KB, the limit is 300")
@@ -108,11 +113,15 @@ def _run_row(run: Declared, with_experiment: bool) -> list[str]:
     minutes, seconds = divmod(round(about["seconds"]), 60)
     took = f"{minutes} min {seconds} s" if minutes else f"{about['seconds']:.1f} s"
     first = [f"[{run.experiment}]({run.experiment})"] if with_experiment else []
-    words = shlex.split(about["command"])
-    places = [i for i, word in enumerate(words) if word in ("--runs-dir", "--out")]  # each with its value
-    command = shlex.join(word for i, word in enumerate(words) if i not in places and i - 1 not in places)
-    measured = run.headline.format(**metrics)
+    measured, command = run.headline.format(**metrics), run.command(Path("runs"), quick=False)
     return [*first, measured, f"`{command}`", about.get("dataset", "–"), took, about["machine"], about["commit"]]
+
+
+def _without_places(command: str) -> list[str]:
+    """A command's words without those that say where its output goes."""
+    words = shlex.split(command)
+    places = [i for i, word in enumerate(words) if word in ("--runs-dir", "--out")]  # each with its value
+    return [word for i, word in enumerate(words) if i not in places and i - 1 not in places]
 
 
 def _table(rows: list[dict], columns: str) -> str:

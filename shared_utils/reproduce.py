@@ -2,6 +2,7 @@
 
     python -m shared_utils.reproduce --quick
     python -m shared_utils.reproduce --only mnist_svm_gabor numpy_nn
+    python -m shared_utils.reproduce --resume
 
 Each experiment folder declares its runs in `experiment.json`, in the order in which they are to be made:
 
@@ -15,6 +16,9 @@ the folder of all runs. `quick` may hold other arguments for the quick run. `fir
 README's table. `minutes` is what the full run takes on two cores, `headline` a format string over metrics.json. One
 process serves a folder, so that PyTorch is loaded once; a failure ends that run alone.
 
+`--resume` leaves out what is finished: runs whose metrics.json was made by the declared command and that did not fail
+when they were last asked for. A run that was stopped goes on from its checkpoint where its script can.
+
 Writes report.html, and each run's log.txt.
 """
 
@@ -22,6 +26,7 @@ import argparse
 import contextlib
 import importlib
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -52,6 +57,10 @@ class Declared:
     def module(self) -> str:
         """The script's import path."""
         return f"{self.experiment}.{Path(self.script).stem}"
+
+    def command(self, runs_dir: Path, quick: bool) -> str:
+        """As config.json and metrics.json tell it."""
+        return f"python {self.experiment}/{self.script} {shlex.join(self.argv(runs_dir, quick))}".strip()
 
     def argv(self, runs_dir: Path, quick: bool) -> list[str]:
         """The flags of this run, below `runs_dir`."""
@@ -97,17 +106,39 @@ def in_order(names: list[str]) -> list[str]:
     return list(TopologicalSorter(reads).static_order())
 
 
-def perform(run: Declared, runs_dir: Path, quick: bool) -> dict:
-    """Make one run in this process, its output in `log.txt`; returns {"seconds": …, "error": None or one line}."""
+def wrote(run: Declared, runs_dir: Path, quick: bool, filename: str) -> bool:
+    """Whether the declared command wrote this file of the run's folder: config.json at first, metrics.json at last."""
+    path = run.folder(runs_dir) / filename
+    about = read_json(path) if path.exists() else {}
+    return about.get("run", about).get("command") == run.command(runs_dir, quick)
+
+
+def finished(experiment: str, runs_dir: Path, quick: bool) -> dict[str, dict]:
+    """The outcomes of the runs that `--resume` leaves out."""
+    file = runs_dir / experiment / "outcomes.json"
+    outcomes = read_json(file) if file.exists() else {}
+    runs = [run for run in declared_runs(experiment) if wrote(run, runs_dir, quick, "metrics.json")]
+    found = {run.name: outcomes.get(run.name, {"seconds": 0.0, "error": None}) for run in runs}
+    return {name: outcome for name, outcome in found.items() if not outcome["error"]}
+
+
+def perform(run: Declared, runs_dir: Path, quick: bool, resume: bool = False) -> dict:
+    """Make one run in this process, its output in `log.txt`; returns {"seconds": …, "error": None or one line}.
+
+    resume: go on with it where the same command was stopped, if its script can.
+    """
     started, error, folder = time.perf_counter(), None, run.folder(runs_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        log = (folder / "log.txt").open("w", encoding="utf-8", buffering=1)
+        log = (folder / "log.txt").open("a" if resume else "w", encoding="utf-8", buffering=1)
     except OSError as trouble:
         return {"seconds": 0.0, "error": f"cannot write to {folder}: {trouble.strerror}"}
     with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            importlib.import_module(run.module).main(run.argv(runs_dir, quick))
+            module, argv = importlib.import_module(run.module), run.argv(runs_dir, quick)
+            if resume and module.build_parser().resumable and wrote(run, runs_dir, quick, "config.json"):
+                argv.append("--resume")
+            module.main(argv)
         except UserError as mistake:
             error = str(mistake)
         except SystemExit as stop:  # argparse's way out
@@ -120,13 +151,17 @@ def perform(run: Declared, runs_dir: Path, quick: bool) -> dict:
     return {"seconds": round(time.perf_counter() - started, 1), "error": error}
 
 
-def perform_all(experiment: str, runs_dir: Path, quick: bool) -> None:
-    """Make an experiment's runs in order, a line each; `outcomes.json` is kept as it goes, for the parent process."""
-    outcomes: dict[str, dict] = {}
+def perform_all(experiment: str, runs_dir: Path, quick: bool, resume: bool = False) -> None:
+    """Make an experiment's runs in order, a line each, but those that `outcomes.json` has; it is kept as it goes."""
+    file = runs_dir / experiment / "outcomes.json"
+    outcomes = read_json(file) if file.exists() else {}
     for run in declared_runs(experiment):
         print(f"  {run.name:<28}", end="", flush=True)
-        outcomes[run.name] = outcome = perform(run, runs_dir, quick)
-        write_json(runs_dir / experiment / "outcomes.json", outcomes)
+        if run.name in outcomes:
+            print("  finished before", flush=True)
+            continue
+        outcomes[run.name] = outcome = perform(run, runs_dir, quick, resume)
+        write_json(file, outcomes)
         print(f"{outcome['seconds']:7.1f} s  {outcome['error'] or 'ok'}", flush=True)
 
 
@@ -141,6 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", nargs="+", metavar="EXPERIMENT", choices=experiments(), help="these folders, and what they read"
     )
+    parser.add_argument("--resume", action="store_true", help="leave out what is finished, go on with what was stopped")
     parser.add_argument("--runs-dir", help="folder of all runs (default: runs, with --quick runs/quick)")
     parser.add_argument("--report", default="runs/report.html", help="the page (default: runs/report.html)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # the child process of one folder
@@ -153,18 +189,23 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     runs_dir = Path(args.runs_dir or ("runs/quick" if args.quick else "runs"))
     chosen = in_order(args.only or experiments())
     if args.inside:
-        perform_all(args.only[0], runs_dir, args.quick)
+        perform_all(args.only[0], runs_dir, args.quick, args.resume)
         return {}
+    done = {name: finished(name, runs_dir, args.quick) if args.resume else {} for name in chosen}
+    left = [run for name in chosen for run in declared_runs(name) if run.name not in done[name]]
     if not args.quick:
-        minutes = sum(run.minutes for name in chosen for run in declared_runs(name))
-        print(f"about {minutes:.0f} minutes on two cores")
+        print(f"{len(left)} runs, about {sum(run.minutes for run in left) / 60:.1f} hours on two cores")
     failed = {}
     for experiment in chosen:
         print(experiment, flush=True)
         outcomes_file = runs_dir / experiment / "outcomes.json"
-        outcomes_file.unlink(missing_ok=True)
+        if done[experiment]:
+            write_json(outcomes_file, done[experiment])
+        else:
+            outcomes_file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "shared_utils.reproduce", "--inside", "--only", experiment]
         command += ["--runs-dir", str(runs_dir), *(["--quick"] if args.quick else [])]
+        command += ["--resume"] if args.resume else []
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path})
         outcomes = read_json(outcomes_file) if outcomes_file.exists() else {}

@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,6 +30,8 @@ def house(tmp_path, monkeypatch):
         {
             "name": "train",
             "script": "train.py",
+            "args": ["--text", "two words"],
+            "quick": [],
             "minutes": 1,
             "headline": "accuracy {accuracy:.1%}",
             "first_page": True,
@@ -48,10 +52,10 @@ def house(tmp_path, monkeypatch):
     return tmp_path / "house"
 
 
-def finished_run(folder, quick=False, accuracy=0.5):
+def finished_run(folder, quick=False, accuracy=0.5, flags="--text 'two words' --out 'my runs/x'"):
     folder.mkdir(parents=True)
     about = {
-        "command": "python toy/train.py --text 'two words' --out 'my runs/x'",
+        "command": f"python toy/train.py {flags}",
         "quick": quick,
         "seconds": 61.0,
         "machine": "M, 2 cores",
@@ -68,8 +72,8 @@ def finished_run(folder, quick=False, accuracy=0.5):
 
 def test_flags_of_a_declared_run(house, tmp_path):
     train, wide = reproduce.declared_runs("toy")
-    assert train.argv(tmp_path, quick=False) == ["--runs-dir", str(tmp_path)]
-    assert train.argv(Path("runs"), quick=False) == []
+    assert train.argv(tmp_path, quick=False) == ["--text", "two words", "--runs-dir", str(tmp_path)]
+    assert train.argv(Path("runs"), quick=False) == ["--text", "two words"]
     assert wide.argv(tmp_path, quick=False)[:2] == ["--width", "9"]
     quick = wide.argv(tmp_path, quick=True)
     assert quick[:3] == ["--width", "2", "--quick"]
@@ -104,13 +108,13 @@ def test_publishing_copies_metrics_and_figures_and_fills_the_readmes(house, tmp_
     assert "old" not in text
     assert "| a | – |\n| b\\|c | 0.03 |" in text
     assert "<!-- value train {accuracy:.1%} -->50.0%<!-- /value -->" in text
-    finished_run(tmp_path / "runs" / "toy" / "wide", accuracy=0.25)
+    finished_run(tmp_path / "runs" / "toy" / "wide", accuracy=0.25, flags="--width 9")
     publish.publish("toy", tmp_path / "runs")
     first_page = publish.render(house / "README.md")
     assert first_page.count("[toy](toy)") == 1
     assert "accuracy 50.0%" in first_page
     text = publish.render(house / "toy" / "README.md")
-    assert "25.0%" in text
+    assert "| 25.0% | `python toy/train.py --width 9 --out runs/toy/wide` |" in text
     (house / "toy" / "README.md").write_text(text)
     assert publish.render(house / "toy" / "README.md") == text
     (house / "toy" / "results" / "train" / "metrics.json").write_text(
@@ -130,6 +134,10 @@ def test_publishing_refuses_what_is_not_a_result(house, tmp_path):
         publish.publish("toy", runs_dir, ["wide"])
     finished_run(runs_dir / "toy" / "wide", quick=True)
     with pytest.raises(UserError, match="quick run"):
+        publish.publish("toy", runs_dir)
+    shutil.rmtree(runs_dir / "toy" / "wide")
+    finished_run(runs_dir / "toy" / "wide", flags="--width 8")
+    with pytest.raises(UserError, match=r"was made by `python toy/train.py --width 8`; declared is .* --width 9"):
         publish.publish("toy", runs_dir)
     (runs_dir / "toy" / "train" / "curve.png").write_bytes(b"x" * 300_001)
     with pytest.raises(UserError, match="300"):
@@ -185,6 +193,65 @@ def test_the_report_survives_metrics_of_another_version(house, tmp_path):
     )
     report.write_report(tmp_path / "report.html", tmp_path / "runs", ["toy"])
     assert "another version" in (tmp_path / "report.html").read_text()
+
+
+TOY = """import pathlib, sys
+from shared_utils.cli import make_parser, UserError
+from shared_utils.runs import start_run
+
+def build_parser():
+    parser = make_parser("python toy/train.py", dataset=None, device=False)
+    parser.add_argument("--text")
+    parser.add_argument("--width", type=int, default=1)
+    parser.add_argument("--resume", action="store_true")
+    return parser
+
+def main(argv):
+    args = build_parser().parse_args(argv)
+    run = start_run(args)
+    run.log(width=args.width, resumed=args.resume)
+    if args.width == 9 and not (pathlib.Path(args.runs_dir) / "may").exists():
+        raise UserError("it broke")
+    run.finish({"accuracy": args.width, "rows": len(run.history())})
+"""
+
+
+def test_what_is_finished_is_left_out_and_what_was_stopped_goes_on(house, tmp_path, monkeypatch, capsys):
+    (house / "toy" / "__init__.py").touch()
+    (house / "toy" / "train.py").write_text(TOY)
+    monkeypatch.syspath_prepend(house)
+    called = []
+
+    def here(command, env):  # in place of a process
+        called.append(command)
+        return subprocess.CompletedProcess(command, reproduce.main(command[3:]) and 1)
+
+    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=here))
+    monkeypatch.setattr(runs, "commit", lambda: "abc")
+    folder = tmp_path / "runs"
+    flags = ["--runs-dir", str(folder), "--report", str(tmp_path / "report.html")]
+    assert list(reproduce.main([*flags, "--resume"])) == ["toy/wide"]  # nothing there: all of it is made
+    said = capsys.readouterr().out
+    assert "2 runs, about 0.1 hours" in said
+    assert "finished before" not in said
+    first = (folder / "toy" / "train" / "metrics.json").read_text()
+    (folder / "may").touch()
+    assert reproduce.main([*flags, "--resume"]) == {}
+    said = capsys.readouterr().out
+    assert "1 runs" in said
+    assert re.search(r"train +finished before", said)
+    assert (folder / "toy" / "train" / "metrics.json").read_text() == first
+    wide = runs.read_json(folder / "toy" / "wide" / "metrics.json")
+    assert wide["rows"] == 2  # it went on with its history
+    assert "--resume" not in wide["run"]["command"]
+    assert reproduce.main(flags) == {}  # without --resume all of it is made again
+    assert runs.read_json(folder / "toy" / "wide" / "metrics.json")["rows"] == 1
+    config = folder / "toy" / "wide" / "config.json"
+    config.write_text(config.read_text().replace("--width 9", "--width 8"))
+    (folder / "toy" / "wide" / "metrics.json").unlink()
+    assert reproduce.main([*flags, "--resume"]) == {}  # what another command had begun begins anew
+    assert runs.read_json(folder / "toy" / "wide" / "metrics.json")["rows"] == 1
+    assert called
 
 
 def test_an_unknown_experiment_is_named():
