@@ -101,9 +101,10 @@ def main(argv=None) -> dict:
     run = start_run(args)
 
     first, best, seconds = 1, -1.0, 0.0
-    if args.resume:
+    if args.resume and run.path("last.npz").exists():
         found = load_last(run.path("last.npz"), network, optimizer, rng)
         first, best, seconds = int(found["epoch"]) + 1, float(found["best"]), float(found["seconds"])
+    if args.resume:
         run.rewind(first - 1)
 
     n = len(data.x_train)

@@ -117,7 +117,6 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_weights(tmp_path,
     [
         (train_mnist_numpy, ["--lr", "0"], "finite number above 0"),
         (train_mnist_numpy, ["--recipe", "weak"], "invalid choice"),
-        (train_mnist_numpy, ["--resume"], "no such file"),
         (train_mnist_numpy, ["--lr", "1e9", "--epochs", "1"], "not finite"),
         (train_numpy_vs_torch, ["--updates", "0"], "whole number above 0"),
         (train_numpy_vs_torch, ["--lr", "1e9"], "try a lower --lr"),

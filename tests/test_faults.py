@@ -1,0 +1,158 @@
+"""Every script with --resume is killed at a random moment, runs out of room, is interrupted, and goes on to the end.
+
+The processes come from a server that has imported PyTorch already, so that a random moment falls into the work.
+"""
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+from shared_utils import checkpoint
+from shared_utils.cli import run_main
+from shared_utils.runs import ROOT, read_json
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+FLAGS = {  # more than --quick, where that has no checkpoint on its way
+    "autoencoder/ae_experiments": [],
+    "cnn_cifar/adversarial_training": ["--epochs", "2"],
+    "cnn_cifar/allcnn": ["--epochs", "4"],
+    "cnn_cifar/augmentation_study": [],
+    "cnn_cifar/compare_mnist_models": ["--models", "fcnn", "cnn", "--seeds", "0", "1", "--recipe", "strong"],
+    "cnn_cifar/data_efficiency": [],
+    "cnn_cifar/detect_digits": ["--epochs", "3"],
+    "cnn_cifar/fast_cifar": ["--epochs", "4"],
+    "cnn_cifar/fast_cifar_ladder": [],
+    "cnn_cifar/resnet_vs_plain": [],
+    "cnn_cifar/transfer_learning": [],
+    "ddpm/fid_vs_steps": ["--ckpt", "{ckpt}"],
+    "ddpm/train_ddpm": ["--epochs", "4"],
+    "nl_regression/sweep": [],
+    "numpy_nn/train_mnist_numpy": ["--epochs", "4"],
+    "transformer_lm/train": ["--updates", "60", "--data", "{corpus}"],
+    "transformer_lm/vocab_study": [],
+    "vae/train": ["--epochs", "300"],
+}
+
+
+def inside(name, argv, words, room):
+    """The script in a process of its own. words: where its stderr goes; room: bytes that a file may have."""
+    import resource
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's would be ignored
+    os.dup2(words.fileno(), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if room:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))  # as on a full disk, a write fails
+    module = importlib.import_module(name.replace("/", "."))
+    run_main(lambda: module.main(argv), module.build_parser)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload([*(name.replace("/", ".") for name in FLAGS), "tests.test_faults"])
+    return found
+
+
+def ended(processes, name, argv, *, after=None, by=signal.SIGKILL, room=None):
+    """Run the script, send it a signal after so many seconds; returns its exit code and what it wrote to stderr."""
+    reads, words = processes.Pipe(duplex=False)
+    process = processes.Process(target=inside, args=(name, argv, words, room))
+    process.start()
+    words.close()
+    if after is not None:
+        process.join(after)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, by)
+    said = b""
+    while part := os.read(reads.fileno(), 65536):
+        said += part
+    process.join()
+    return process.exitcode, said.decode()
+
+
+@pytest.fixture(scope="module")
+def made(processes, tmp_path_factory):
+    """What two of the scripts read: the places in their flags."""
+    top = tmp_path_factory.mktemp("made")
+    quick = ["--quick", "--runs-dir", str(top)]
+    for name, flags in (("ddpm/train_ddpm", ["--device", "cpu"]), ("transformer_lm/prepare_data", [])):
+        code, said = ended(processes, name, [*quick, *flags])
+        assert code == 0, said
+    return {"ckpt": str(top / "ddpm/train_ddpm/ema.pth"), "corpus": str(top / "transformer_lm/prepare_data")}
+
+
+def timeless(value):
+    """Without what differs from run to run."""
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if "second" not in key and key not in ("run", "minutes")}
+        return {key: timeless(item) for key, item in kept.items()}
+    if isinstance(value, list | tuple):
+        return [timeless(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def content(folder):
+    """Of each file of weights, arrays or measures."""
+    read = {".pth": checkpoint.load, ".npz": checkpoint.load_arrays, ".json": read_json}
+    paths = [path for path in folder.iterdir() if path.suffix in read and path.name != "config.json"]
+    return {path.name: json.dumps(timeless(read[path.suffix](path)), sort_keys=True) for path in paths}
+
+
+def test_every_script_with_resume_is_tried():
+    paths = [path for path in ROOT.glob("*/*.py") if path.parent.name not in ("tests", "shared_utils")]
+    asked = [path for path in paths if 'add_argument("--resume"' in path.read_text(encoding="utf-8")]
+    assert {path.relative_to(ROOT).with_suffix("").as_posix() for path in asked} == set(FLAGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_run_that_meets_every_fault_ends_as_one_that_met_none(name, processes, made, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    flags = ["--quick", *(flag.format(**made) for flag in FLAGS[name])]
+    if name != "numpy_nn/train_mnist_numpy":
+        flags += ["--device", "cpu"]
+    started = time.monotonic()
+    code, said = ended(processes, name, [*flags, "--out", str(whole)])
+    assert code == 0, said
+    took, moments = time.monotonic() - started, [random.random(), random.random()]
+    expected = content(whole)
+
+    cut.mkdir()
+    if sys.platform == "linux":
+        import fcntl
+
+        with (cut / ".lock").open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            code, said = ended(processes, name, [*flags, "--out", str(cut)])
+        assert (code, said.count("\n")) == (2, 1), said
+        assert "another run is writing" in said
+        assert [path.name for path in cut.iterdir()] == [".lock"]
+    code, said = ended(processes, name, [*flags, "--out", str(whole / "metrics.json" / "below")])
+    assert (code, said.count("\n")) == (2, 1), said
+    assert "cannot write" in said
+
+    flags += ["--out", str(cut), "--resume"]
+    ended(processes, name, flags, after=moments[0] * took)
+    before = {path.name: path.read_bytes() for path in cut.iterdir() if path.suffix in (".pth", ".npz")}
+    code, said = ended(processes, name, flags, room=4000)
+    assert (code, said.count("\n")) == (2, 1), said
+    assert "cannot write" in said
+    assert not [path for path in cut.glob(".*") if path.name != ".lock"]  # nothing half written
+    for file, bytes_ in before.items():
+        assert (cut / file).read_bytes() == bytes_, file
+    code, said = ended(processes, name, flags, after=moments[1] * took, by=signal.SIGINT)
+    assert code == 0 or (code == 130 and "with --resume goes on" in said), (moments, code, said)
+    code, said = ended(processes, name, flags)
+    assert code == 0, (moments, said)
+    assert content(cut) == expected, moments
