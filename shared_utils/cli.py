@@ -11,6 +11,7 @@ import argparse
 import math
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -132,11 +133,25 @@ def make_parser(
 
 def run_main(main: Callable[[], dict], build_parser: Callable[[], ExperimentParser]) -> None:
     """Run a script's `main`: a `UserError` ends as one line and exit code 2, Ctrl-C with how to go on (130)."""
+    interrupted = []
+
+    def interrupt(*_) -> None:
+        interrupted.append(True)
+        raise KeyboardInterrupt
+
+    noticed = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not ignored, as in the background
+    if noticed:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         main()
-    except UserError as error:
-        build_parser().error(str(error))
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        if not interrupted and not isinstance(error, KeyboardInterrupt):  # a library may make another error of Ctrl-C
+            if isinstance(error, UserError):
+                build_parser().error(str(error))
+            raise
         parser = build_parser()
         hint = "the same command with --resume goes on from there" if parser.resumable else "run the command again"
         parser.exit(130, f"\n{parser.prog}: interrupted; what was saved is kept, {hint}\n")
+    finally:
+        if noticed:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

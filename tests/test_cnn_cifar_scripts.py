@@ -1,10 +1,7 @@
 """cnn_cifar's scripts: training, resuming, predicting, measuring; and what they say to a user's mistake."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
 from itertools import pairwise
 
 import numpy as np
@@ -22,7 +19,7 @@ from cnn_cifar.models import allcnn_t
 from cnn_cifar.param_count import layer_rows
 from shared_utils import checkpoint
 from shared_utils.embedded import shapes
-from shared_utils.runs import ROOT, read_json
+from shared_utils.runs import read_json
 
 CPU = torch.device("cpu")
 CLASSES = ("circle", "square", "star")
@@ -295,19 +292,6 @@ def test_both_pipelines_give_augmented_images_with_their_labels():
             assert torch.equal(torch.bucketize(255 * x.mean((1, 2, 3)), torch.tensor([45.0, 130.0])), labels)
             assert torch.equal(labels.sort()[0], y.sort()[0])
             assert torch.equal(labels, y) != shuffles
-
-
-@pytest.mark.slow
-def test_torchrun_trains_in_two_processes(pictures, tmp_path):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        env["GLOO_SOCKET_IFNAME"] = "lo"  # the host name may lead nowhere
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    start += [ROOT / "cnn_cifar" / "allcnn.py", "--device", "cpu", "--dataset", pictures, "--out", tmp_path, *ALLCNN]
-    ended = subprocess.run([str(part) for part in start], env=env, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert [row["epoch"] for row in rows_of(tmp_path / "history.csv")] == [1, 2, 3, 4, 5]  # one process writes
-    assert (tmp_path / "metrics.json").exists()
 
 
 @pytest.mark.slow

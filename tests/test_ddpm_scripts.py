@@ -1,8 +1,4 @@
-"""ddpm's training and sampling: resuming, mean weights, two processes, guidance, what is written, and mistakes."""
-
-import os
-import subprocess
-import sys
+"""ddpm's training and sampling: resuming, mean weights, guidance, what is written, and mistakes."""
 
 import numpy as np
 import pytest
@@ -16,7 +12,7 @@ from ddpm.unet import UNet
 from shared_utils import checkpoint
 from shared_utils.data import load_images
 from shared_utils.muon import Muon
-from shared_utils.runs import ROOT, read_json
+from shared_utils.runs import read_json
 from shared_utils.schedules import one_cycle
 
 CPU = torch.device("cpu")
@@ -147,20 +143,6 @@ def test_a_stopped_training_ends_with_the_same_weights(stop_after, optimizer, tm
         for key in ("run", "training_seconds"):
             del metrics[key]
     assert one == other
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns(tmp_path):
-    """Steps, noise and labels left out are those of the whole batch, shared out."""
-    given = [*TRAIN, "--conditional", "--epochs", 1]
-    ran(train_ddpm, *given, "--out", tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += [str(ROOT / "ddpm" / "train_ddpm.py"), *map(str, given), "--out", str(tmp_path / "two")]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    one, two = (checkpoint.load(tmp_path / run / "last.pth")["model"] for run in ("one", "two"))
-    assert all(torch.allclose(one[key], two[key], atol=2e-3) for key in one)
-    metrics = [read_json(tmp_path / run / "metrics.json")["train_loss"] for run in ("one", "two")]
-    assert metrics[0] == pytest.approx(metrics[1], rel=1e-3)
 
 
 def test_a_part_of_the_images_goes_without_its_label(monkeypatch):

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from shared_utils import checkpoint
-from shared_utils.cli import run_main
+from shared_utils.cli import make_parser, run_main
 from shared_utils.runs import ROOT, read_json
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
@@ -30,7 +30,7 @@ FLAGS = {  # more than --quick, where that has no checkpoint on its way
     "cnn_cifar/data_efficiency": [],
     "cnn_cifar/detect_digits": ["--epochs", "3"],
     "cnn_cifar/fast_cifar": ["--epochs", "4"],
-    "cnn_cifar/fast_cifar_ladder": [],
+    "cnn_cifar/fast_cifar_ladder": ["--val-size", "4000"],
     "cnn_cifar/resnet_vs_plain": [],
     "cnn_cifar/transfer_learning": [],
     "ddpm/fid_vs_steps": ["--ckpt", "{ckpt}"],
@@ -95,8 +95,8 @@ def made(processes, tmp_path_factory):
 def timeless(value):
     """Without what differs from run to run."""
     if isinstance(value, dict):
-        kept = {key: item for key, item in value.items() if "second" not in key and key not in ("run", "minutes")}
-        return {key: timeless(item) for key, item in kept.items()}
+        kept = {key: item for key, item in value.items() if "second" not in str(key) and key not in ("run", "minutes")}
+        return {str(key): timeless(item) for key, item in kept.items()}
     if isinstance(value, list | tuple):
         return [timeless(item) for item in value]
     return value.tolist() if hasattr(value, "tolist") else value
@@ -113,6 +113,21 @@ def test_every_script_with_resume_is_tried():
     paths = [path for path in ROOT.glob("*/*.py") if path.parent.name not in ("tests", "shared_utils")]
     asked = [path for path in paths if 'add_argument("--resume"' in path.read_text(encoding="utf-8")]
     assert {path.relative_to(ROOT).with_suffix("").as_posix() for path in asked} == set(FLAGS)
+
+
+def test_an_interrupt_that_a_library_makes_another_error_of_is_one_all_the_same(capsys):
+    def main():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ValueError("invalid bounding box") from None
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(SystemExit) as stop:
+        run_main(main, lambda: make_parser("python vae/train.py"))
+    assert stop.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 @pytest.mark.slow

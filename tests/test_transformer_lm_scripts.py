@@ -2,9 +2,7 @@
 
 import io
 import math
-import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +11,7 @@ import torch
 
 from shared_utils import checkpoint
 from shared_utils.embedded import pydocs
-from shared_utils.runs import ROOT, read_json
+from shared_utils.runs import read_json
 from transformer_lm import generate, prepare_data, train
 from transformer_lm.batches import losses_of_text, total_loss
 from transformer_lm.checkpoints import load_model
@@ -145,18 +143,6 @@ def test_matrices_decay_and_nothing_else_and_muon_has_those_of_the_blocks(tied, 
     assert [type(each).__name__ for each in others] == (["Muon"] if optimizer == "muon" else [])
     assert all(each.param_groups[0]["peak"] == 0.2 for each in others)
     assert len(decays["params"]) + len(rest["params"]) + len(hidden) == len(list(model.parameters()))
-
-
-@pytest.mark.slow
-def test_two_processes_learn_what_one_learns(runs_dir, tmp_path):
-    """Padded batches of different lengths on the two: the gradient is that of the whole batch all the same."""
-    given = [*TRAIN, "--dropout", 0, "--data", runs_dir / "transformer_lm" / "prepare_data", "--updates", 4]
-    ran(train, *given, "--out", tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    command += [str(ROOT / "transformer_lm" / "train.py"), *map(str, given), "--out", str(tmp_path / "two")]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    one, two = (checkpoint.load(tmp_path / run / "last.pth")["model"] for run in ("one", "two"))
-    assert all(torch.allclose(one[key], two[key], atol=2e-4) for key in one)
 
 
 def test_what_is_written_goes_on_from_the_prompt(runs_dir, tmp_path):
