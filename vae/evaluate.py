@@ -8,14 +8,15 @@ latents the exact value by quadrature (exact.py), which both must stay below:
 
     ELBO ≤ IWAE-k ≤ log p(x);      bits per pixel = −log p(x) / (196 log 2)
 
-IWAE-k draws from the encoder's Gaussian: where the true posterior has several modes and the Gaussian sits on one, no k
-that one can afford finds the others, and the bound stays low. The exact value shows it.
+IWAE-k draws from the encoder's Gaussian: where that is narrow and sits beside the true posterior, or on one of several
+modes, no k that one can afford makes up for it, and the bound stays low. The exact value shows by how much.
 
 Beside it stand three models without a network whose likelihood is exact (baselines.py): independent pixels, a mixture
 of Bernoullis (its size chosen on a fifth of the training images), a Chow-Liu tree.
 
 Samples: a small classifier trained on the same real digits reads 10,000 samples of each model. A model whose samples it
-reads with confidence, as many of each class as there are, draws digits; one that misses classes shows it.
+reads with confidence, as many of each class as there are, can draw digits; confidence alone says little, since it
+reads noise with confidence too.
 
 Writes likelihood.png, iwae.png, sample_quality.png, metrics.json.
 Sources: Burda, Grosse and Salakhutdinov 2016; Chow and Liu 1968.
