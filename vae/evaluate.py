@@ -280,7 +280,7 @@ def draw_quality(shown: dict[str, np.ndarray], quality: list[dict], data: Inputs
     ax.grid(False)
     ax.set(xlabel="class read by the classifier", title="samples of each class (%)")
     sure = {row["source"]: f"{row['mean_confidence']:.0%}" for row in quality}
-    said = f"sure of {sure['test images']} on real digits, {sure['VAE, cut at ½']} on the autoencoder's cut at ½"
+    said = f"{sure['test images']} sure on real digits, {sure['VAE, cut at ½']} on the autoencoder's, cut at ½"
     figure.suptitle(f"{data.title}: a classifier ({accuracy:.1%} right) is {said}")
     return figure
 
