@@ -196,7 +196,7 @@ def main(argv=None) -> dict:
     title = f"{data.title}, {model.size}"
     save_figure(draw_likelihoods(table, title), run.path("likelihood.png"))
     save_figure(draw_bounds(ks, nats, title), run.path("iwae.png"))
-    save_figure(draw_quality(shown, quality, data, accuracy), run.path("sample_quality.png"))
+    save_figure(draw_quality(shown, quality, data, accuracy, model.size), run.path("sample_quality.png"))
     metrics = {
         "z_dim": model.z_dim,
         "test_images": len(x_test),
@@ -261,7 +261,7 @@ def draw_bounds(ks: list[int], nats: dict[str, np.ndarray], title: str):
     return figure
 
 
-def draw_quality(shown: dict[str, np.ndarray], quality: list[dict], data: Inputs, accuracy: float):
+def draw_quality(shown: dict[str, np.ndarray], quality: list[dict], data: Inputs, accuracy: float, size: str):
     """Samples of each source, the classes that the classifier reads in them, and how sure it is."""
     figure, axes = new_figure(1, 2, width=12.5, height=0.5 * len(shown) + 1.2, width_ratios=(1.25, 1))
     images = np.concatenate(list(shown.values())).reshape(-1, SIDE, SIDE)
@@ -281,7 +281,7 @@ def draw_quality(shown: dict[str, np.ndarray], quality: list[dict], data: Inputs
     ax.set(xlabel="class read by the classifier", title="samples of each class (%)")
     sure = {row["source"]: f"{row['mean_confidence']:.0%}" for row in quality}
     said = f"{sure['test images']} sure on real digits, {sure['VAE, cut at ½']} on the autoencoder's, cut at ½"
-    figure.suptitle(f"{data.title}: a classifier ({accuracy:.1%} right) is {said}")
+    figure.suptitle(f"{data.title}, {size}: a classifier ({accuracy:.1%} right) is {said}")
     return figure
 
 
