@@ -185,7 +185,7 @@ def draw_extremes(data: Inputs, output: Tensor, errors: Tensor, about: str):
         image_grid(ax, shown, len(chosen), labels=names, vmin=0, vmax=1)
         ax.set_title(f"{what} of each class: the image, below it its reconstruction and MSE", fontsize=10, loc="left")
     times = f"{ratios.min():.0f} to {ratios.max():.0f} times the error of the best"
-    figure.suptitle(f"{about}\nthe worst image of a class has {times}")
+    figure.suptitle(f"{about}\nthe worst image of a class has {times}", fontsize=11)
     return figure
 
 

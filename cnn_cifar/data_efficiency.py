@@ -163,7 +163,7 @@ def compared(a: str, b: str, size: int, right: dict) -> dict:
 def said(pair: dict) -> str:
     """A difference in words."""
     points, width = 100 * pair["gain"], 100 * pair["gain_half_width"]
-    shown = "" if abs(points) > width else " (not shown)"
+    shown = "" if abs(points) > width else " (inconclusive)"
     return f"the {pair['a']} is {points:+.1f} ± {width:.1f} points over the {pair['b']}{shown}"
 
 

@@ -44,9 +44,9 @@ from shared_utils.seeding import seed_everything
 
 PARTS = {  # of the loss, under torchvision's names
     "loss_objectness": "anything there?",
-    "loss_rpn_box_reg": "where, first",
+    "loss_rpn_box_reg": "box proposal",
     "loss_classifier": "which digit?",
-    "loss_box_reg": "where, then",
+    "loss_box_reg": "box refinement",
 }
 SURE = 0.5  # boxes with a score above this are drawn
 SHOWN = 6  # scenes

@@ -121,13 +121,16 @@ def draw_errors(found: dict[str, list[dict]], data: Data):
     order = np.lexsort((mean[np.arange(len(y)), y], -wrong))[: 3 * columns]
     order = order[wrong[order] > 0]
     figure, axes = new_figure(width=8.6, height=3.9)
-    said = [f"{data.classes[y[i]]} → {data.classes[mean[i].argmax()]}  {wrong[i]}/{len(all_of)}" for i in order]
+    n = len(all_of)
+    said = [f"{data.classes[y[i]]} → {data.classes[mean[i].argmax()]}" for i in order]
+    if n > 1:
+        said = [f"{each}  {wrong[i]}/{n}" for each, i in zip(said, order, strict=True)]
     if len(order):
         image_grid(axes[0, 0], data.test.x.cpu().numpy()[order], columns, labels=said, vmin=0, vmax=255)
     axes[0, 0].set_axis_off()
     figure.suptitle(
-        f"{data.title}: {int((wrong == len(all_of)).sum())} of {len(y):,} test images are wrong in all "
-        f"{len(all_of)} networks\n(true → mean of the networks, and how many of them are wrong)"
+        f"{data.title}: {f'all {n} networks get' if n > 1 else 'the network gets'} {(wrong == n).sum()} of {len(y):,} "
+        "test images wrong\n(true → " + ("mean of the networks, and how many of them are wrong)" if n > 1 else "read)")
     )
     return figure
 

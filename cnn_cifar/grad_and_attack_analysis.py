@@ -255,7 +255,7 @@ def draw_by_eps(table: list[dict], at: float, clean: float, n: int, about: str):
     ax.legend(loc="upper right")
     row = next(row for row in table if row["eps"] == at)
     left = ", ".join(f"{name} leaves {row[name]:.1%}" for name in ("noise", "FGSM", "PGD-20"))
-    figure.suptitle(f"{about}, {n:,} test images: of {clean:.1%} at ε = {at:g}/255\n{left}")
+    figure.suptitle(f"{about}, {n:,} test images: {clean:.1%} right unattacked;\nat ε = {at:g}/255 {left}")
     return figure
 
 

@@ -172,7 +172,8 @@ def draw_maps(images: np.ndarray, maps: dict[str, Tensor], names: list[str], abo
     for ax in axes.ravel():
         ax.set(xticks=[], yticks=[])
     figure.suptitle(
-        f"{about}: what its answers rest on\n(red: for the class, blue: against it; input gradient: white is much)"
+        f"{about}: three maps; deletion_insertion.png says how much they know\n"
+        "(red: for the class, blue: against it; input gradient: white is much)"
     )
     return figure
 

@@ -297,7 +297,7 @@ def said(row: dict) -> str:
     parts = []
     for way in WAYS[1:]:
         gain, half = row[f"{way}_gain"], row[f"{way}_gain_half_width"]
-        verdict = "" if abs(gain) > half else " (not shown)"
+        verdict = "" if abs(gain) > half else " (inconclusive)"
         parts.append(f"{way} {100 * gain:+.1f} ± {100 * half:.1f} points{verdict}")
     return f"with {row['labels']:,} labels " + ", ".join(parts) + " against scratch"
 

@@ -119,7 +119,7 @@ def findings(rows: list[dict]) -> dict:
     for name in dict.fromkeys(row["sampler"] for row in rows if row["sampler"] != DDPM):
         ratio = {row["steps"]: row["frechet"] / measure["frechet"] for row in rows if row["sampler"] == name}
         near = [steps for steps, each in ratio.items() if each <= 1.15]
-        found["near"][name] = f"{min(near)} steps" if near else "none of its steps"
+        found["near"][name] = f"{min(near)} steps" if near else "no number of steps tried"
         found["ratio_of_50"][name], found["best_ratio"][name] = ratio.get(50), min(ratio.values())
     return found
 

@@ -145,7 +145,7 @@ def draw(found: dict, n: int, title: str, args):
     axes[0, 0].legend()
     turned, noisy = ({name: f"{100 * v:.0f} %" for name, v in part.items()} for part in headline(found).values())
     figure.suptitle(
-        f"{title}, {n:,} test images. Turned by 30°: raw pixels {turned['raw']} right, Gabor {turned['gabor']};\n"
+        f"{title}, {n:,} test images. Turned by ±30°: raw pixels {turned['raw']} right, Gabor {turned['gabor']};\n"
         f"under noise of 0.3: raw pixels {noisy['raw']}, Gabor {noisy['gabor']}"
     )
     return figure

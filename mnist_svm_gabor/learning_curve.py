@@ -24,7 +24,7 @@ from shared_utils.seeding import seed_everything
 from shared_utils.stats import mean_std as mean_and_std
 
 KERNELS = ("linear", "rbf")
-CLAIM = (8, 12)  # points: what the reference reports for Gabor features
+CLAIM = (8, 12)  # points: what a student project's report gives for Gabor features
 
 
 def build_parser():

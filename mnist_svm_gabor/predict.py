@@ -97,10 +97,11 @@ def main(argv=None) -> dict:
 
     shown = min(len(x), SHOWN)
     columns = min(shown, 12)
+    counted = f"{shown} of {len(x)} shown" if labels is None else f"{(first == labels).sum()} of {len(x)} right"
     figure, axes = new_figure(
         width=max(5.0, 0.75 * columns),
         height=0.7 + 0.85 * -(-shown // columns),
-        title=f"What the classifier saw of {source}, and its answers ({shown} of {len(x)})",
+        title=f"What the classifier saw of {source}, and its answers ({counted})",
     )
     answers = [row["prediction"] for row in rows[:shown]]
     if labels is not None:

@@ -1,15 +1,15 @@
 """How much do Gabor features help an SVM that would otherwise see raw pixels?
 
     python mnist_svm_gabor/train.py
-    python mnist_svm_gabor/train.py --resolution 28 --deskew
-    python mnist_svm_gabor/train.py --kernel linear --train-size 10000
+    python mnist_svm_gabor/train.py --resolution 28 --deskew --out runs/mnist_svm_gabor/train_28_deskewed
+    python mnist_svm_gabor/train.py --kernel linear --train-size 10000 --out runs/mnist_svm_gabor/train_linear_10000
 
 MNIST at 14×14 (the mean of each 2×2 block) or 28×28. Both kinds of features go through one protocol: a sixth of the
 training images is held out (the fixed split); components, whitening, C and gamma are chosen on it, the projection
 always fitted on training images alone; then one refit on all training images, and one look at the test images.
 
 `--kernel linear` is one against the rest (LinearSVC), with one against one beside it. Sources of the method: Daugman
-(1985) for the filters, Cortes and Vapnik (1995) for the machine. The claim tested, 8 to 12 points, is the reference's.
+(1985) for the filters, Cortes and Vapnik (1995) for the machine. The claim, 8 to 12 points, is a student project's.
 
 Writes gabor_filters_visualization.png, gabor_vs_baseline_confusion.png, filter_responses.png, raw.npz, gabor.npz and
 metrics.json.

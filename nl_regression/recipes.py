@@ -1,8 +1,8 @@
 """The two ways in which the scripts train, and the flags that change them.
 
-`reference` is the configuration that the claims about this target come from. With `interpolating` every network meets
-its points: the input as Fourier features (which suffices), and Adam with a rate that falls to 0 (which is faster and
-closer). Width, depth, batches and the absence of weight decay are the same.
+`reference` is the configuration of the student project whose claims are tested here. With `interpolating` every network
+meets its points: the input as Fourier features (which suffices), and Adam with a rate that falls to 0 (which is faster
+and closer). Width, depth, batches and the absence of weight decay are the same.
 Shapes: M networks, n points.
 """
 

@@ -4,8 +4,9 @@
     python nl_regression/what_it_takes.py --sizes 256 --trials 5 --epochs 500
     python nl_regression/what_it_takes.py --scale 30
 
-From the reference's configuration (raw input, SGD with momentum, a constant rate) to the interpolating recipe, change
-by change; every rung says what it changes and of which rung. Two of them change the first layer at initialisation:
+From the reference's configuration (a student project's: raw input, SGD with momentum, a constant rate) to the
+interpolating recipe, change by change; every rung says what it changes and of which rung (those with Adam and the one
+with 8 times the epochs take a rate of their own too). Two of them change the first layer at initialisation:
 
     h_1 = max(0, s w x + b)             the network of the input s·x: same functions, steeper at the start
     h_1 = max(0, s w (x − c))           and its kinks at c, drawn from [0, 1], where the points are

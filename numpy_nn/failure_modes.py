@@ -2,11 +2,10 @@
 
     python numpy_nn/failure_modes.py
 
-The reference reports 40 to 60 % for PatchEmbedding → ReLU → Linear and blames its depth. Here the same network is
-trained as it should be, and with the faults that give such numbers: a ReLU on the logits (instead of between the
-layers), weights much wider than He's sqrt(2 / fan_in), both (three draws of the weights), and pixels that nobody
-scaled. σ = 0.5 was picked for landing there. Same batches, same
-learning rate, 10,000 updates.
+A student project's report gives 40 to 60 % for PatchEmbedding → ReLU → Linear and blames its depth. Here the same
+network is trained as it should be, and with faults that can give such numbers: a ReLU on the logits (instead of between
+the layers), weights much wider than He's sqrt(2 / fan_in), both (three draws of the weights), and pixels that nobody
+scaled. σ = 0.5 was picked because it lands there. Same batches, same learning rate, 10,000 updates.
 
 Writes failure_modes.png, history.csv, metrics.json.
 """

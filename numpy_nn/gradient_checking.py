@@ -71,7 +71,9 @@ def sweep_h(seed: int, per_decade: int) -> dict[str, dict[str, list[tuple[float,
         case, found[case.name] = replace(case, places={"0.W": case.places["0.W"]}), {}
         for method, hs in methods.items():
             errors = [gradient_errors(case, method, h, np.random.default_rng([seed, 2]))["0.W"] for h in hs]
-            found[case.name][method.__name__.replace("_", " ")] = list(zip(hs.tolist(), errors, strict=True))
+            found[case.name][method.__name__.replace("one_s", "one-s").replace("_", " ")] = list(
+                zip(hs.tolist(), errors, strict=True)
+            )
     return found
 
 

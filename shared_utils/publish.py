@@ -27,6 +27,10 @@ from shared_utils.reproduce import Declared, declared_runs, experiments
 from shared_utils.runs import ROOT, figures, read_json, replacing
 
 MAX_FIGURE_BYTES = 300_000
+_NAMES = ("AE", "ELBO", "F1", "FLOPs", "GFLOP", "GFLOPs", "Gabor", "K", "KL", "MB", "McNemar", "MSE", "NumPy", "PCA")
+_SPELLED = {name.lower(): name for name in _NAMES}  # in the heads of columns
+_SPELLED |= {"beta": "β", "delta in": "δ_in", "delta out": "δ_out", "eps": "ε", "frechet": "Fréchet", "knn": "k-NN"}
+_SPELLED |= {"kneser ney": "Kneser-Ney", "lr": "rate", "std": "deviation", "torch": "PyTorch"}
 _MARKED = re.compile(r"(<!-- (runs|results|table|value)\b(.*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
 
 
@@ -127,7 +131,9 @@ def _without_places(command: str) -> list[str]:
 def _table(rows: list[dict], columns: str) -> str:
     wanted = [column.strip().partition(":") for column in columns.split("|")]
     cells = [["–" if row[key] is None else format(row[key], spec) for key, _, spec in wanted] for row in rows]
-    return _markdown([key.replace("_", " ") for key, _, _ in wanted], cells)
+    words = re.compile(rf"\b({'|'.join(_SPELLED)})\b")
+    heads = [words.sub(lambda word: _SPELLED[word[0]], key.replace("_", " ")) for key, _, _ in wanted]
+    return _markdown(heads, cells)
 
 
 def _markdown(head: list[str], rows: list[list[str]]) -> str:

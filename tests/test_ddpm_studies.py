@@ -192,7 +192,7 @@ def test_the_fewest_steps_near_the_best_are_found():
     rows = [{"sampler": s, "steps": n, "frechet": value} for s, n, value in rows]
     found = fid_vs_steps.findings(rows)
     assert (found["compared_with"], found["compared"]) == ("100 steps of DDPM", 1.99)
-    assert found["near"] == {"A": "10 steps", "B": "none of its steps"}
+    assert found["near"] == {"A": "10 steps", "B": "no number of steps tried"}
     assert found["ratio_of_50"] == {"A": pytest.approx(2.0 / 1.99), "B": None}
     assert found["best_ratio"] == pytest.approx({"A": 2.0 / 1.99, "B": 2.4 / 1.99})
     assert fid_vs_steps.findings(rows[:-1])["compared_with"] == "50 steps of A"

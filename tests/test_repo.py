@@ -140,6 +140,13 @@ def test_every_command_in_a_readme_parses(readme):
         importlib.import_module(".".join(script.with_suffix("").parts)).build_parser().parse_args(words[1:])
 
 
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_readme_has_the_command_of_every_run(name):
+    written = [shlex.split(command, comments=True) for command in commands(ROOT / name / "README.md")]
+    for run in reproduce.declared_runs(name):
+        assert shlex.split(run.command(Path("runs"), quick=False)) in written, run.name
+
+
 @pytest.mark.parametrize("readme", READMES, ids=relative)
 def test_every_link_in_a_readme_leads_somewhere(readme):
     for target in re.findall(r"\]\(([^)#]+)\)", readme.read_text(encoding="utf-8")):

@@ -97,7 +97,8 @@ def main(argv=None) -> dict:
     with replacing(run.path("generated.txt")) as beside:
         beside.write_text("\n\n---\n\n".join(drawn) + "\n", encoding="utf-8")
     bits = {row["way"]: row["bits_per_byte"] for row in rows}
-    about = f"{corpus.name}, {args.part} text of {part.total('bytes'):,} bytes"
+    measured = {"val": "validation"}.get(args.part, args.part)
+    about = f"{corpus.name}, {measured} text of {part.total('bytes'):,} bytes"
     save_figure(draw_bits(rows, about), run.path("bits_per_byte.png"))
     positions = by_position(ways["transformer"], model.context)
     save_figure(draw_positions(positions, ngram, ways[ngram].mean(), about), run.path("loss_by_position.png"))
@@ -155,7 +156,7 @@ def by_position(losses: np.ndarray, context: int) -> np.ndarray:
 
 
 def draw_texts(model: TransformerLM, corpus: Corpus, args: argparse.Namespace) -> list[str]:
-    """Texts that the model makes up from nothing, at temperature 0.9."""
+    """Texts that the model writes from nothing, at temperature 0.9."""
     start = torch.full((args.texts, 1), corpus.tokens.start, device=next(model.parameters()).device)
     drawn = model.generate(start, args.text_tokens, temperature=0.9)[:, 1:].tolist()
     return [corpus.tokens.decode(ids).encode("utf-8", "replace").decode() for ids in drawn]

@@ -211,7 +211,7 @@ def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
 
 
 def sample(model: TransformerLM, corpus: Corpus, args: argparse.Namespace) -> str:
-    """Text that the model makes up from nothing, at temperature 0.8."""
+    """Text that the model writes from nothing, at temperature 0.8."""
     start = torch.tensor([[corpus.tokens.start]], device=next(model.parameters()).device)
     return corpus.tokens.decode(model.generate(start, args.sample_tokens, temperature=0.8)[0, 1:].tolist())
 

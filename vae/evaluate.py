@@ -8,14 +8,15 @@ latents the exact value by quadrature (exact.py), which both must stay below:
 
     ELBO ≤ IWAE-k ≤ log p(x);      bits per pixel = −log p(x) / (196 log 2)
 
-IWAE-k draws from the encoder's Gaussian: where the true posterior has several modes and the Gaussian sits on one, no k
-that one can afford finds the others, and the bound stays low. The exact value shows it.
+IWAE-k draws from the encoder's Gaussian: where that is narrow and sits beside the true posterior, or on one of several
+modes, no k that one can afford makes up for it, and the bound stays low. The exact value shows by how much.
 
 Beside it stand three models without a network whose likelihood is exact (baselines.py): independent pixels, a mixture
 of Bernoullis (its size chosen on a fifth of the training images), a Chow-Liu tree.
 
 Samples: a small classifier trained on the same real digits reads 10,000 samples of each model. A model whose samples it
-reads with confidence, as many of each class as there are, draws digits; one that misses classes shows it.
+reads with confidence, as many of each class as there are, can draw digits; confidence alone says little, since it
+reads noise with confidence too.
 
 Writes likelihood.png, iwae.png, sample_quality.png, metrics.json.
 Sources: Burda, Grosse and Salakhutdinov 2016; Chow and Liu 1968.
@@ -195,7 +196,7 @@ def main(argv=None) -> dict:
     title = f"{data.title}, {model.size}"
     save_figure(draw_likelihoods(table, title), run.path("likelihood.png"))
     save_figure(draw_bounds(ks, nats, title), run.path("iwae.png"))
-    save_figure(draw_quality(shown, quality, data, accuracy), run.path("sample_quality.png"))
+    save_figure(draw_quality(shown, quality, data, accuracy, model.size), run.path("sample_quality.png"))
     metrics = {
         "z_dim": model.z_dim,
         "test_images": len(x_test),
@@ -260,7 +261,7 @@ def draw_bounds(ks: list[int], nats: dict[str, np.ndarray], title: str):
     return figure
 
 
-def draw_quality(shown: dict[str, np.ndarray], quality: list[dict], data: Inputs, accuracy: float):
+def draw_quality(shown: dict[str, np.ndarray], quality: list[dict], data: Inputs, accuracy: float, size: str):
     """Samples of each source, the classes that the classifier reads in them, and how sure it is."""
     figure, axes = new_figure(1, 2, width=12.5, height=0.5 * len(shown) + 1.2, width_ratios=(1.25, 1))
     images = np.concatenate(list(shown.values())).reshape(-1, SIDE, SIDE)
@@ -279,8 +280,8 @@ def draw_quality(shown: dict[str, np.ndarray], quality: list[dict], data: Inputs
     ax.grid(False)
     ax.set(xlabel="class read by the classifier", title="samples of each class (%)")
     sure = {row["source"]: f"{row['mean_confidence']:.0%}" for row in quality}
-    said = f"sure of {sure['test images']} on real digits, {sure['VAE, cut at ½']} on the autoencoder's cut at ½"
-    figure.suptitle(f"{data.title}: a classifier ({accuracy:.1%} right) is {said}")
+    said = f"{sure['test images']} sure on real digits, {sure['VAE, cut at ½']} on the autoencoder's, cut at ½"
+    figure.suptitle(f"{data.title}, {size}: a classifier ({accuracy:.1%} right) is {said}")
     return figure
 
 
