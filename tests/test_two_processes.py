@@ -15,7 +15,7 @@ TRAINERS = {
     "ddpm.train_ddpm": ["--epochs", "1", "--conditional", "--batch-size", "400", "--optimizer", "muon"],
     "transformer_lm.train": ["--updates", "3", "--dropout", "0", "--data", "{corpus}"],
 }
-# Runs a trainer, and keeps the gradients of its first update and the images or texts of all. Left out is what belongs to
+# Runs a trainer, and keeps the gradients of its first update and what each batch holds. Left out is what belongs to
 # each process: dropout, crops, and the statistics by which BatchNorm normalises its part (see distributed.py).
 WATCHED = """
 import importlib, os, sys
