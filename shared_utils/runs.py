@@ -120,6 +120,7 @@ class Run:
     def __init__(self, args: argparse.Namespace, folder: Path, lock, writes: bool):
         self.folder, self.writes, self._args, self._lock = folder, writes, args, lock
         self._commit = commit()  # as the run starts: files may change under a long one
+        self._seconds_before = 0.0  # of the processes whose work this one goes on with
 
     def path(self, name: str) -> Path:
         """Where this run's file `name` goes."""
@@ -160,8 +161,9 @@ class Run:
     def finish(self, metrics: dict) -> dict:
         """Write `metrics.json`, which also says how it came about, and return its content.
 
-        `run` says the command, data set, machine and commit, and the seconds of this process (a resumed run's alone).
-        Same seed and machine: the same metrics, timings aside.
+        `run` says the command, data set, machine and commit, and the seconds; a resumed run's are those of all its
+        processes, of each that was stopped up to its last row in the history. Same seed and machine: the same metrics,
+        timings aside.
         """
         args = self._args
         dataset = getattr(args, "dataset", None)
@@ -169,7 +171,7 @@ class Run:
             "command": args.command,
             "quick": args.quick,
             **({"dataset": str(dataset)} if dataset else {}),
-            "seconds": round(time.perf_counter() - args.started, 1),
+            "seconds": round(self._seconds_before + time.perf_counter() - args.started, 1),
             "machine": machine(str(getattr(args, "device", "cpu"))),
             "commit": self._commit,
         }
@@ -197,8 +199,9 @@ def start_run(args: argparse.Namespace, *, writes: bool = True) -> Run:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         known, resumes = (folder / "config.json").exists(), getattr(args, "resume", False)
-        if known and resumes:
-            _refuse_other_flags(flags, read_json(folder / "config.json")["flags"])
+        then = read_json(folder / "config.json") if known and resumes else {}
+        if then:
+            _refuse_other_flags(flags, then["flags"])
         lock = _lock(folder)
         if known:
             if not resumes:
@@ -211,11 +214,14 @@ def start_run(args: argparse.Namespace, *, writes: bool = True) -> Run:
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
     run = Run(args, folder, lock, writes)
+    if then and run.path("history.csv").exists():
+        worked = run.path("history.csv").stat().st_mtime - (folder / "config.json").stat().st_mtime
+        run._seconds_before = then.get("seconds_before", 0.0) + max(0.0, worked)
     if resumes:
         run.rewind(len(run.history()))  # a row that was written by half would swallow the next one
     about = {"command": args.command, "commit": run._commit, "versions": versions()}
     about["machine"] = machine(str(getattr(args, "device", "cpu")))
-    write_json(folder / "config.json", {**about, "flags": flags})
+    write_json(folder / "config.json", {**about, "seconds_before": run._seconds_before, "flags": flags})
     return run
 
 

@@ -12,13 +12,16 @@ import random
 import signal
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from shared_utils import checkpoint
-from shared_utils.cli import make_parser, run_main
-from shared_utils.runs import ROOT, read_json
+from shared_utils.cli import UserError, make_parser, run_main
+from shared_utils.data import load_images, load_text
+from shared_utils.runs import ROOT, read_json, start_run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 FLAGS = {  # more than --quick, where that has no checkpoint on its way
@@ -130,6 +133,20 @@ def test_an_interrupt_that_a_library_makes_another_error_of_is_one_all_the_same(
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
+def test_the_seconds_of_a_resumed_run_are_those_of_all_its_processes(tmp_path):
+    parser = make_parser("python vae/train.py", dataset=None)
+    parser.add_argument("--resume", action="store_true")
+    flags = ["--device", "cpu", "--out", str(tmp_path)]
+    for more, seconds in (([], 100), (["--resume"], 20)):  # two that are stopped
+        run = start_run(parser.parse_args([*flags, *more]))
+        run.log(epoch=1, loss=0.5)
+        run._lock.close()
+        began = run.path("config.json").stat().st_mtime
+        os.utime(run.path("history.csv"), (began, began + seconds))
+    metrics = start_run(parser.parse_args([*flags, "--resume"])).finish({})
+    assert 120 <= metrics["run"]["seconds"] < 125
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_run_that_meets_every_fault_ends_as_one_that_met_none(name, processes, made, tmp_path):
@@ -171,3 +188,98 @@ def test_a_run_that_meets_every_fault_ends_as_one_that_met_none(name, processes,
     code, said = ended(processes, name, flags)
     assert code == 0, (moments, said)
     assert content(cut) == expected, moments
+
+
+# --- files that are not what they seem ------------------------------------------------------------------------------
+
+READERS = {
+    "autoencoder/ae_process_test": ["--ckpt"],
+    "autoencoder/ae_run_compare": ["--ckpt-base", "--ckpt-reg"],
+    "autoencoder/ae_umap": ["--ckpt"],
+    "autoencoder/ft_compare_raw_vs_ae": ["--ckpt", "--ckpt-denoising"],
+    "cnn_cifar/grad_and_attack_analysis": ["--ckpt"],
+    "cnn_cifar/predict": ["--ckpt"],
+    "cnn_cifar/saliency": ["--ckpt"],
+    "cnn_cifar/transfer_learning": ["--weights"],
+    "ddpm/evaluate": ["--ckpt", "--samples"],
+    "ddpm/fid_vs_steps": ["--ckpt"],
+    "ddpm/sampling": ["--ckpt"],
+    "mnist_svm_gabor/invariance": ["--raw", "--gabor"],
+    "mnist_svm_gabor/predict": ["--model"],
+    "numpy_nn/evaluate_mlp": ["--ckpt"],
+    "numpy_nn/visualize_filters": ["--ckpt"],
+    "transformer_lm/analyze_attention": ["--ckpt"],
+    "transformer_lm/evaluate": ["--ckpt"],
+    "transformer_lm/generate": ["--ckpt"],
+    "vae/evaluate": ["--ckpt"],
+    "vae/latent_space": ["--ckpt"],
+    "vae/reconstruct": ["--ckpt"],
+    "vae/sample": ["--ckpt"],
+}
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["pickle", "text", "cut", "flipped"])
+@pytest.mark.parametrize("name", READERS)
+def test_a_checkpoint_that_is_none_is_refused_in_one_line_and_not_executed(name, fault, tmp_path, fails):
+    arrays = name.startswith(("mnist_svm_gabor", "numpy_nn"))
+    given, out = tmp_path / ("given.npz" if arrays else "given.pth"), tmp_path / "out"
+    if fault == "pickle":
+        trap = Trap(tmp_path / "executed")
+        np.savez(given, w=np.array([trap], dtype=object)) if arrays else torch.save({"config": {}, "w": trap}, given)
+    elif arrays:
+        checkpoint.save_arrays(given, w=np.random.default_rng(0).random(1000))
+    else:
+        checkpoint.save(given, w=torch.rand(1000))
+    about = {"hidden": [4], "activation": "relu", "inputs": 784, "classes": list("0123456789")}  # numpy_nn's
+    given.with_suffix(".json").write_text(json.dumps({**about, "recipe": "plain", "n_classes": 10}))
+    content = bytearray(given.read_bytes())
+    content[len(content) // 2] ^= 16
+    damaged = {"pickle": given.read_bytes(), "text": b"weights", "cut": given.read_bytes()[:-300], "flipped": content}
+    given.write_bytes(damaged[fault])
+    quick = name != "cnn_cifar/transfer_learning"  # which then has a source of its own
+    flags = ["--quick"] if quick else ["--dataset", "shapes", "--val-size", 100, "--labels", 20]
+    flags += [part for flag in READERS[name] for part in (flag, given)]
+    said = fails(importlib.import_module(name.replace("/", ".")), [*flags, "--out", out, "--runs-dir", tmp_path], out)
+    assert str(given) in said
+    assert not (tmp_path / "executed").exists()
+
+
+REAL = ROOT / "data"
+FILES = {
+    "mnist": [f"MNIST/raw/{part}" for part in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")],
+    "fashion": [f"FashionMNIST/raw/{part}" for part in ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")],
+    "cifar10": [f"cifar-10-batches-py/{part}" for part in ("batches.meta", *(f"data_batch_{i}" for i in range(1, 6)))],
+    "books": [f"texts/{part}.txt" for part in ("hound_of_the_baskervilles", "shakespeare", "war_and_peace")],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["text", "cut", "flipped"])
+@pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in FILES.items() for file in files])
+def test_a_damaged_data_file_is_named(name, file, fault, tmp_path):
+    if not (REAL / file).exists():
+        pytest.skip(f"{REAL / file} is not there")
+    for path in (REAL / file).parent.iterdir():
+        at = tmp_path / path.relative_to(REAL)
+        at.parent.mkdir(parents=True, exist_ok=True)
+        at.symlink_to(path.resolve())
+    content = bytearray((REAL / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged = {"text": b"<html>not found</html>", "cut": content[: len(content) // 2], "flipped": content}
+    (tmp_path / file).unlink()
+    (tmp_path / file).write_bytes(damaged[fault])
+    with pytest.raises(UserError, match=Path(file).name) as error:
+        load_text(name, tmp_path) if name == "books" else load_images(name, "train", tmp_path)
+    assert "\n" not in str(error.value)
+    assert (tmp_path / file).read_bytes() == damaged[fault]  # not mended behind the reader's back
