@@ -30,7 +30,7 @@ from numpy_nn.activations import ReLU
 from numpy_nn.conv import AvgPool2d, Conv2d, MaxPool2d
 from numpy_nn.inputs import CHUNK, Inputs, evaluate, load_inputs, predict_logits
 from numpy_nn.layers import Flatten, Layer, Linear
-from numpy_nn.losses import SoftmaxCrossEntropy
+from numpy_nn.losses import NotFinite, SoftmaxCrossEntropy
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import Adam
 from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
@@ -87,7 +87,7 @@ def train(variant: str, lr: float, seed: int, data: Inputs, args, run) -> dict:
                 step += 1
             seconds += time.perf_counter() - started
             val_loss, val_accuracy = evaluate(network, data.x_val, data.y_val)
-        except ValueError as error:
+        except NotFinite as error:
             where = f"{variant}, step {step}, lr {optimizer.lr:.3g}"
             raise UserError(f"{where}: {error}; try --lrs {lr / 10:g}") from None
         row = {"train_loss": total / len(chosen), "val_loss": val_loss, "val_accuracy": val_accuracy}
