@@ -124,6 +124,19 @@ def test_a_study_of_another_text_takes_nothing_from_the_one_before(studied, text
     assert (out / "train_400_0.01_1" / "metrics.json").stat().st_mtime > (out / "config.json").stat().st_mtime
 
 
-def test_a_vocabulary_below_the_bytes_gets_one_line(texts, tmp_path, fails):
-    given = [*flags_of(texts, tmp_path / "out"), "--vocab-sizes", "100"]
-    assert "--vocab-size 100" in fails(vocab_study, given)
+@pytest.mark.parametrize(
+    ("typo", "said"),
+    [
+        (["--vocab-sizes", "400", "100"], "--vocab-sizes 100: the bytes and special tokens alone are 261"),
+        (["--dataset", "boks"], "boks"),
+        (["--device", "cud"], "cud"),
+    ],
+)
+def test_a_typo_gets_one_line_and_leaves_the_study_before_as_it_was(typo, said, texts, tmp_path, fails):
+    out = tmp_path / "out"
+    kept = [out / "train_400_0.01_0" / "metrics.json", out / "metrics.json", out / "config.json", out / "history.csv"]
+    kept[0].parent.mkdir(parents=True)
+    for path in kept:
+        path.write_text("earlier", encoding="utf-8")
+    assert said in fails(vocab_study, [*flags_of(texts, out), *typo])
+    assert [path.read_text(encoding="utf-8") for path in kept] == ["earlier"] * 4

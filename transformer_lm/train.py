@@ -142,9 +142,9 @@ def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
             raise UserError(f"{corpus.name} has {n} tokens in {name}, fewer than --context {args.context}")
     text = Text(corpus.parts["train"], args.context, tokens.start, device)
     val = torch.from_numpy(corpus.parts["val"].ids[: args.eval_tokens]).to(device)
-    run = start_run(args, writes=world.is_main)
     seed_everything(args.seed)
     model = TransformerLM(tokens.vocab_size, **{name: getattr(args, name) for name in SIZES}).to(device)
+    run = start_run(args, writes=world.is_main)
     config = {**model.config, "tokens": tokens.kind, "data": corpus.fingerprint}
     ddp = wrap(model, world)
     network = torch.compile(ddp) if args.compile else ddp  # what is trained; `model` holds its weights

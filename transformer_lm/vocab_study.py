@@ -30,13 +30,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared_utils.cli import make_parser, non_negative_int, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
+from shared_utils.data import load_text
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import Run, start_run
 from transformer_lm import prepare_data, train
 from transformer_lm.baselines import share_known, words_of
 from transformer_lm.batches import sliding_losses
+from transformer_lm.bpe import SMALLEST
 from transformer_lm.checkpoints import load_model
 from transformer_lm.corpus import Corpus, Part, load
 from transformer_lm.model import TransformerLM
@@ -67,6 +69,10 @@ def build_parser():
 def main(argv=None) -> dict:
     """Prepare, train and measure every size; returns the metrics."""
     args = build_parser().parse_args(argv)
+    if (size := min(args.vocab_sizes)) < SMALLEST:
+        raise UserError(f"--vocab-sizes {size}: the bytes and special tokens alone are {SMALLEST}")
+    pick_device(args.device)  # before start_run, as load_text: a name that is not there takes no earlier study away
+    load_text(args.dataset, args.data_dir)
     run = start_run(args)
     if not args.resume:
         for folder in [*run.folder.glob("data_*"), *run.folder.glob("train_*")]:  # an earlier study's
