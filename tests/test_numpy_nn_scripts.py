@@ -4,6 +4,7 @@ Their files and figures are covered by test_scripts.py, the layers by test_numpy
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from numpy_nn import compare_optimizers, evaluate_mlp, pooling_comparison, train
 from numpy_nn.activations import ReLU
 from numpy_nn.compare_optimizers import OPTIMIZERS, SURFACES, TOYS, choose, descend
 from numpy_nn.conv import AvgPool2d, Conv2d
+from numpy_nn.inputs import load_inputs
 from numpy_nn.layers import Flatten, Linear
 from numpy_nn.mlp import build_mlp
 from numpy_nn.network import Sequential
@@ -224,6 +226,20 @@ def test_visualize_filters_on_wrong_files(tmp_path, fails):
     assert "has the classes 0 to 9" in fails(visualize_filters, [*flags, "--digits", "3", "12"], out)
     missing = ["--runs-dir", tmp_path]
     assert "`python numpy_nn/train_mnist_numpy.py" in fails(visualize_filters, missing)
+
+
+def test_a_class_without_a_validation_image_is_no_class_to_show(tmp_path, fails, monkeypatch):
+    def without_threes(args):
+        data = load_inputs(args)
+        kept = data.y_val != 3
+        return replace(data, x_val=data.x_val[kept], y_val=data.y_val[kept])
+
+    monkeypatch.setattr(visualize_filters, "load_inputs", without_threes)
+    visualize_filters.build_network("plain", rng()).save(tmp_path / "model.npz")
+    (tmp_path / "model.json").write_text(json.dumps({"recipe": "plain"}))
+    flags = ["--dataset", "digits", "--ckpt", tmp_path / "model.npz", "--digits", 1, 3, "--out", tmp_path / "out"]
+    said = fails(visualize_filters, flags, tmp_path / "out")
+    assert "--digits 3: none of the validation images is of the class 3" in said
 
 
 # --- flags --------------------------------------------------------------------------------------------------------
