@@ -154,7 +154,7 @@ def study(args, data: Inputs, features: dict, log) -> tuple[dict, dict, dict]:
         for n in sorted({*args.labels, total}):
             found = accuracies.setdefault(kind, {}).setdefault(n, {})
             for name, (train, val, test) in features.items():
-                for seed in args.seeds:
+                for seed in (args.seed + one for one in args.seeds):
                     labelled = label_order(data.y_train, seed)[:n]
                     x, x_val, x_test = standardise(name, train[labelled], val, test)
                     watched = (x_val, data.y_val) if hidden and n == total else None

@@ -60,14 +60,14 @@ def main(argv=None) -> dict:
     data = load(args, device)
     run = start_run(args)
     without_all = Recipe(args.epochs, args.batch_size, tuple(args.widths), without=tuple(TRAINED))
-    rates = {lr: trained(replace(without_all, sgd_lr=lr), BARE, args.seeds[0], data, run) for lr in args.sgd_lrs}
+    rates = {lr: trained(replace(without_all, sgd_lr=lr), BARE, args.seeds[0], data, args, run) for lr in args.sgd_lrs}
     sgd_lr = max(rates, key=lambda lr: float(rates[lr]["accuracy plain"]))
     rows = {}
     for seed in args.seeds:
-        rows[BARE, seed] = trained(replace(without_all, sgd_lr=sgd_lr), BARE, seed, data, run)
+        rows[BARE, seed] = trained(replace(without_all, sgd_lr=sgd_lr), BARE, seed, data, args, run)
         for i, rung in enumerate(TRAINED):
             recipe = replace(without_all, sgd_lr=sgd_lr, without=tuple(TRAINED[i + 1 :]))
-            rows[rung, seed] = trained(recipe, rung, seed, data, run)
+            rows[rung, seed] = trained(recipe, rung, seed, data, args, run)
 
     def over_seeds(rung: str, column: str) -> np.ndarray:
         return np.array([float(rows[rung, seed][column]) for seed in args.seeds])
@@ -103,15 +103,15 @@ def main(argv=None) -> dict:
     )
 
 
-def trained(recipe: Recipe, rung: str, seed: int, data: Data, run: Run) -> dict:
+def trained(recipe: Recipe, rung: str, seed: int, data: Data, args, run: Run) -> dict:
     """The row of history.csv of one training, which is made unless it is there."""
     key = {"rung": rung, "seed": str(seed), "sgd_lr": str(recipe.sgd_lr)}
     for row in run.history():
         if key.items() <= row.items():
             return row
-    seed_everything(seed)
+    seed_everything(args.seed + seed)
     started = time.perf_counter()
-    training = FastTraining(recipe, data.train, len(data.classes), seed, amp=True)
+    training = FastTraining(recipe, data.train, len(data.classes), args.seed + seed, amp=True)
     for epoch in range(recipe.epochs):
         loss = training.epoch(epoch)
     seconds = time.perf_counter() - started

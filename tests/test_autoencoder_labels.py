@@ -109,6 +109,14 @@ def test_unlabelled_images_do_not_reach_the_classifier(data, features):
         assert found[kind][len(data.y_train)] != again[kind][len(data.y_train)]
 
 
+@torch.no_grad()
+def test_the_seed_is_added_to_each_of_the_seeds(data, features):
+    few = {name: features[name] for name in ("raw", "codes")}
+    given = [arguments("--labels", 40, "--seed", seed, "--seeds", *seeds) for seed, seeds in ((0, [3, 5]), (2, [1, 3]))]
+    found, moved = (compare.study(args, data, few, lambda **row: None)[0] for args in given)
+    assert found == moved
+
+
 # --- inputs -------------------------------------------------------------------------------------------------------
 
 
