@@ -233,6 +233,13 @@ def test_the_ladder_adds_one_ingredient_a_rung_and_goes_on(pictures, tmp_path, m
     assert (len(recipes), [rung["accuracies"] for rung in again]) == (2, [rung["accuracies"] for rung in rungs])
 
 
+def test_a_rate_of_the_ladder_that_diverges_is_out_unless_it_is_the_only_one(pictures, tmp_path, no_figures, fails):
+    flags = ["--device", "cpu", "--dataset", pictures, *LADDER, "--sgd-lrs", 1e38]
+    assert "try a lower --sgd-lrs" in fails(fast_cifar_ladder, [*flags, "--out", tmp_path / "all"])
+    metrics = ran(fast_cifar_ladder, *flags[2:], 0.1, "--out", tmp_path / "one")
+    assert (metrics["sgd_lr"], metrics["sgd_lrs"][0]) == (0.1, {"sgd_lr": 1e38, "accuracy": 0})
+
+
 def test_predictions_of_all_kinds_of_pictures(runs_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(predict, "TOP", 2)  # of three classes
     x, files = shapes("test", n=4)[0], tmp_path / "pictures"

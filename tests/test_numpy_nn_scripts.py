@@ -275,6 +275,15 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_rate(module, flag, fai
     assert f"try {flag} 1e+29" in said
 
 
+def test_a_rate_that_diverges_is_out_of_the_comparison_of_poolings(tmp_path):
+    flags = ["--quick", "--seeds", "0", "--epochs", "1", "--train-size", "200", "--out", str(tmp_path)]
+    found = pooling_comparison.main([*flags, "--lrs", "1e30", "0.01"])["variants"]
+    for row in found.values():
+        assert (row["lr"], row["lr_grid"]) == (0.01, [0.01, 1e30])
+        assert row["lr_val_losses"][0] == pytest.approx(1.2, abs=1.1)
+        assert row["lr_val_losses"][1] is None
+
+
 @needs_mnist
 @pytest.mark.slow
 def test_the_mlp_reaches_its_bar_on_mnist(tmp_path):

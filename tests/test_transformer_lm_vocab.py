@@ -124,6 +124,17 @@ def test_a_study_of_another_text_takes_nothing_from_the_one_before(studied, text
     assert (out / "train_400_0.01_1" / "metrics.json").stat().st_mtime > (out / "config.json").stat().st_mtime
 
 
+def test_a_rate_that_diverges_is_out_and_the_study_goes_on(texts, tmp_path, fails):
+    given = ["--vocab-sizes", "261", "--seeds", "0", "--lrs", "1e30"]
+    said = fails(vocab_study, [*flags_of(texts, tmp_path / "all"), *given])
+    assert "261 tokens: the loss is not finite at any of --lrs; try lower ones" in said
+    found = vocab_study.main([*flags_of(texts, tmp_path / "one"), *given, "0.01"])["sizes"][0]
+    assert found["lr"] == 0.01
+    assert 0 < found["test_bits_per_byte"] < 10
+    lost = (tmp_path / "one" / "history.csv").read_text(encoding="utf-8").splitlines()[1]
+    assert lost.startswith("261,261,1e+30,0,4,0,0,0,inf,inf,")
+
+
 @pytest.mark.parametrize(
     ("typo", "said"),
     [

@@ -187,10 +187,12 @@ def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
             continue
         train_loss = (total(loss_sum, world) / count_sum).item()
         lr = args.lr * share_of_rate(args, update)
-        check_finite(train_loss, done, lr, "--lr or --muon-lr" if args.optimizer == "muon" else "--lr")
+        flag = "--lr or --muon-lr" if args.optimizer == "muon" else "--lr"
+        check_finite(train_loss, done, lr, flag)
         learned += count_sum.item()
         seconds += time.perf_counter() - started
         val_loss = losses_of_text(model, val, tokens.start, args.amp).mean().item()
+        check_finite(val_loss, done, lr, flag)  # the last update may be the one too many
         row = {"update": done, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
         run.log(**row, tokens=learned, seconds=round(seconds, 1))
         if world.is_main:
