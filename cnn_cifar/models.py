@@ -27,14 +27,16 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # what
 
 
 class Normalize(nn.Module):
-    """(x − mean) / std by channel, CIFAR-10's by default: (B, 3, H, W) of [0, 1] → the same shape.
+    """(x − mean) / std by channel, CIFAR-10's by default: (B, C, H, W) of [0, 1] → the same shape.
+
+    A single mean and std (`**MNIST`) are for all channels alike.
 
     `nn.Sequential(Normalize(), resnet18(...))` takes pixels in [0, 1] as well.
     """
 
     def __init__(self, mean: tuple[float, ...] = CIFAR10_MEAN, std: tuple[float, ...] = CIFAR10_STD):
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])  # (3, 1, 1)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])  # (C or 1, 1, 1)
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
