@@ -52,7 +52,7 @@ from shared_utils.cli import (
 )
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, curves, image_grid, new_figure, save_figure
-from shared_utils.runs import replacing, start_run
+from shared_utils.runs import Diverged, replacing, start_run
 
 FINE = 7  # pixels: a pattern of stripes is finer, a sleeve is not
 FACTORS = ("enc_dims", "activation", "init", "batchnorm", "lr", "weight_decay", "noise", "code_noise")
@@ -226,7 +226,7 @@ def train(x_train: np.ndarray, x_val: np.ndarray, device: torch.device, recipe: 
         model = recipe.build(seed, x_train.shape[1]).to(device)
         try:
             found = fit(model, recipe, x_train, x_val, seed)
-        except UserError as error:
+        except Diverged as error:
             print(f"{recipe}: {error}", flush=True)
             found = Fit([], 0, math.inf, 0.0)
     return found, {name: value.cpu() for name, value in model.state_dict().items()}

@@ -90,7 +90,7 @@ def fit(model: Autoencoder, recipe: Recipe, x_train: Tensor, x_val: Tensor, seed
 
     x_train, x_val: uint8 (N, D) on the model's device. The order of the images comes from `seed`, noise from PyTorch's
     generator.
-    Errors: `UserError` with step and rate when the loss is not finite.
+    Errors: `Diverged` with step and rate when the loss is not finite.
     """
     started = time.perf_counter()
     rng = np.random.default_rng(seed)

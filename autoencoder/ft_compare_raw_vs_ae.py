@@ -35,13 +35,13 @@ from autoencoder.pca import fit_pca
 from autoencoder.trained import find_trained, load_trained
 from shared_utils.cli import (
     UserError,
-    fraction,
     make_parser,
     non_negative_float,
     positive_float,
     positive_int,
     run_main,
     seed_number,
+    share_below_1,
 )
 from shared_utils.data import minibatches, stratified_order
 from shared_utils.device import cpu_threads, pick_device
@@ -69,7 +69,7 @@ def build_parser():
         "--seeds", type=seed_number, nargs="+", default=[0, 1, 2, 3, 4], help="draws of labels, weights"
     )
     parser.add_argument("--hidden", type=positive_int, nargs="+", default=[256, 128], help="the perceptron's layers")
-    parser.add_argument("--dropout", type=fraction, default=0.2, help="after each hidden layer")
+    parser.add_argument("--dropout", type=share_below_1, default=0.2, help="after each hidden layer")
     parser.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="AdamW's decay")
     parser.add_argument("--lr", type=positive_float, default=3e-3, help="highest learning rate of the perceptron")
     parser.add_argument("--linear-lr", type=positive_float, default=0.02, help="of softmax regression")
@@ -154,7 +154,7 @@ def study(args, data: Inputs, features: dict, log) -> tuple[dict, dict, dict]:
         for n in sorted({*args.labels, total}):
             found = accuracies.setdefault(kind, {}).setdefault(n, {})
             for name, (train, val, test) in features.items():
-                for seed in args.seeds:
+                for seed in (args.seed + one for one in args.seeds):
                     labelled = label_order(data.y_train, seed)[:n]
                     x, x_val, x_test = standardise(name, train[labelled], val, test)
                     watched = (x_val, data.y_val) if hidden and n == total else None
@@ -280,6 +280,8 @@ def main(argv=None) -> dict:
     """Train on every input and number of labels; returns the metrics."""
     args = build_parser().parse_args(argv)
     args.seeds = list(dict.fromkeys(args.seeds))
+    if min(args.batch_size, *args.labels) < 2:
+        raise UserError("--batch-size and --labels: at least two images, BatchNorm learns from how they differ")
     seed_everything(args.seed)
     data = load_pixels(args, pick_device(args.device))
     total = len(data.y_train)

@@ -77,7 +77,7 @@ class Linear(Layer):
 
     def forward(self, x: Tensor, training: bool = False) -> Tensor:
         if x.ndim != 2 or x.shape[1] != len(self.params["W"]):
-            raise UserError(f"{self!r} takes an input of shape (N, {len(self.params['W'])}), got {tuple(x.shape)}")
+            raise ValueError(f"{self!r} takes an input of shape (N, {len(self.params['W'])}), got {tuple(x.shape)}")
         self._x, self._W = operand(x), operand(self.params["W"])
         return (self._x @ self._W).to(x.dtype).add_(self.params["b"])  # (N, M)
 

@@ -42,7 +42,7 @@ from shared_utils.cli import UserError, make_parser, non_negative_int, positive_
 from shared_utils.data import minibatches
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, line_style, mean_std, new_figure, save_figure
-from shared_utils.runs import check_finite, start_run
+from shared_utils.runs import Diverged, check_finite, start_run
 from shared_utils.stats import half_width
 from shared_utils.stats import mean_std as mean_and_std
 
@@ -119,7 +119,7 @@ def train(
 ) -> tuple[ManualMLP, dict[str, np.ndarray]]:
     """Train one network; returns it with its curves, (E + 1,) each: loss and score, on train and val, from epoch 0.
 
-    first_layer: the initialisation of the first layer where it is not `init`. Errors: `UserError` when it diverges.
+    first_layer: the initialisation of the first layer where it is not `init`. Errors: `Diverged`.
     """
     x, y = problem.x["train"], problem.y["train"]
     torch.manual_seed(seed)  # the same draws for every variant; the initialisation scales them
@@ -159,7 +159,7 @@ def fit_variant(problem: Problem, name: str, seeds: list[int], args) -> tuple[li
         scores[f"{lr:g}"] = None
         try:
             fits = [train(problem, *VARIANTS[name], seed, lr, args) for seed in seeds]
-        except UserError as error:
+        except Diverged as error:
             failed = error
             continue
         curves = {what: np.stack([found[what] for _, found in fits]) for what in fits[0][1]}  # (S, E + 1)

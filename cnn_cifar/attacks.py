@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from shared_utils.cli import UserError
 from shared_utils.modes import evaluating
 
 
@@ -34,7 +33,7 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
-    """One step of size eps. Errors: `UserError` when eps is negative or x leaves [0, 1]."""
+    """One step of size eps. Errors: `ValueError` when eps is negative or x leaves [0, 1]."""
     _check(x, eps)
     return (x + eps * input_gradient(model, x, y).sign()).clamp(0, 1)
 
@@ -115,10 +114,10 @@ def _badness(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 def _check(x: Tensor, eps: float, alpha: float = 1.0, steps: int = 1, restarts: int = 1) -> None:
     if not eps >= 0:
-        raise UserError(f"an attack's ε is 0 or more, got {eps:g}")
+        raise ValueError(f"an attack's ε is 0 or more, got {eps:g}")
     if not alpha > 0:
-        raise UserError(f"an attack's step α is above 0, got {alpha:g}")
+        raise ValueError(f"an attack's step α is above 0, got {alpha:g}")
     if steps < 1 or restarts < 1:
-        raise UserError(f"an attack takes at least one step and one start, got {steps} and {restarts}")
+        raise ValueError(f"an attack takes at least one step and one start, got {steps} and {restarts}")
     if x.numel() and (x.min() < 0 or x.max() > 1):
-        raise UserError(f"an attack takes pixels from 0 to 1, got {x.min():g} to {x.max():g}")
+        raise ValueError(f"an attack takes pixels from 0 to 1, got {x.min():g} to {x.max():g}")

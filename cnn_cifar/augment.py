@@ -282,4 +282,4 @@ def mixup(x: Tensor, partner: Tensor, share: Tensor) -> Tensor:
 
 def _check_images(x: Tensor) -> None:
     if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[1] != 3:
-        raise UserError(f"augmentations take uint8 images (N, 3, H, W), got {x.dtype} {tuple(x.shape)}")
+        raise ValueError(f"augmentations take uint8 images (N, 3, H, W), got {x.dtype} {tuple(x.shape)}")

@@ -150,7 +150,7 @@ def trained(arm: str, seed: int, data: Data, args, run: Run) -> dict:
         if key.items() <= row.items():
             return row
     started = time.perf_counter()
-    network, loss = fit(arm, seed, data, args)
+    network, loss = fit(arm, args.seed + seed, data, args)
     seconds = time.perf_counter() - started
     _, train_accuracy = measure(network, data.train, args)
     val_loss, val_accuracy = measure(network, data.val, args)

@@ -146,10 +146,10 @@ def trained(name: str, seed: int, weights: dict[str, Tensor] | None, data: Data,
     path = run.path(f"{name}_{seed}.npz")
     if any((row["model"], row["seed"]) == (name, str(seed)) for row in run.history()):
         return load_arrays(path, KEPT)
-    seed_everything(seed)  # the network's first weights
+    seed_everything(args.seed + seed)  # the network's first weights
     network = build(name, len(data.classes), weights).to(data.train.x.device, memory_format=torch.channels_last)
     how = {"epochs": args.torchvision_epochs if name in TORCHVISION else args.epochs, "batch_size": args.batch_size}
-    how |= {"seed": seed, "strong": args.recipe == "strong", "amp": args.amp}
+    how |= {"seed": args.seed + seed, "strong": args.recipe == "strong", "amp": args.amp}
     outcome = fit(name, network, data.train, data.val or data.test, **how)
     started = time.perf_counter()
     found = probabilities(network, data.test.x, args.amp).cpu().numpy()

@@ -130,12 +130,12 @@ def trained(arm: str, size: int, seed: int, data: Data, args: argparse.Namespace
     if any((row["arm"], row["images"], row["seed"]) == (arm, str(size), str(seed)) for row in run.history()):
         return load_arrays(path, ("chosen", "seconds"))
     name, strong = ARMS[arm]
-    order = stratified_order(data.train.y.cpu().numpy(), np.random.default_rng(seed))[:size]
+    order = stratified_order(data.train.y.cpu().numpy(), np.random.default_rng(args.seed + seed))[:size]
     order = torch.from_numpy(order).to(data.train.y.device)
     few = Split(data.train.x[order], data.train.y[order])
-    seed_everything(seed)  # the network's first weights
+    seed_everything(args.seed + seed)  # the network's first weights
     network = network_of(arm, len(data.classes)).to(data.train.x.device, memory_format=torch.channels_last)
-    how = {"epochs": epochs_for(size, args), "batch_size": min(args.batch_size, size), "seed": seed}
+    how = {"epochs": epochs_for(size, args), "batch_size": min(args.batch_size, size), "seed": args.seed + seed}
     outcome = fit(name, network, few, None, **how, strong=strong, amp=args.amp)
     chosen = probabilities(network, data.test.x, args.amp).argmax(1).cpu().numpy()
     save_arrays(path, chosen=chosen, seconds=outcome.seconds)

@@ -14,6 +14,7 @@ With --resume a ladder that was stopped goes on with the trainings that are miss
 Source: Jordan 2024, arXiv 2404.00498 (its table of what each feature saves).
 """
 
+import math
 import time
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from cnn_cifar.inputs import Data, add_data_flags, load
 from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main, seed_number
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
-from shared_utils.runs import Run, start_run
+from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.seeding import seed_everything
 from shared_utils.stats import half_width
 
@@ -60,14 +61,18 @@ def main(argv=None) -> dict:
     data = load(args, device)
     run = start_run(args)
     without_all = Recipe(args.epochs, args.batch_size, tuple(args.widths), without=tuple(TRAINED))
-    rates = {lr: trained(replace(without_all, sgd_lr=lr), BARE, args.seeds[0], data, run) for lr in args.sgd_lrs}
-    sgd_lr = max(rates, key=lambda lr: float(rates[lr]["accuracy plain"]))
+    rates = {lr: trained(replace(without_all, sgd_lr=lr), BARE, args.seeds[0], data, args, run) for lr in args.sgd_lrs}
+    # A rate that diverges is a result; one that is the best of all is a mistake.
+    finite = {lr: math.isfinite(float(row["train_loss"])) for lr, row in rates.items()}
+    right = {lr: float(row["accuracy plain"]) if finite[lr] else 0.0 for lr, row in rates.items()}
+    sgd_lr, updates = max(right, key=right.get), args.epochs * (len(data.train) // args.batch_size)
     rows = {}
     for seed in args.seeds:
-        rows[BARE, seed] = trained(replace(without_all, sgd_lr=sgd_lr), BARE, seed, data, run)
-        for i, rung in enumerate(TRAINED):
-            recipe = replace(without_all, sgd_lr=sgd_lr, without=tuple(TRAINED[i + 1 :]))
-            rows[rung, seed] = trained(recipe, rung, seed, data, run)
+        for i, rung in enumerate([BARE, *TRAINED]):
+            recipe = replace(without_all, sgd_lr=sgd_lr, without=tuple(TRAINED[i:]))
+            rows[rung, seed] = row = trained(recipe, rung, seed, data, args, run)
+            lr, flag = (recipe.lr, "lr in cnn_cifar/fast_training.py") if recipe.has("muon") else (sgd_lr, "--sgd-lrs")
+            check_finite(float(row["train_loss"]), updates, lr, flag)
 
     def over_seeds(rung: str, column: str) -> np.ndarray:
         return np.array([float(rows[rung, seed][column]) for seed in args.seeds])
@@ -94,7 +99,7 @@ def main(argv=None) -> dict:
             "epochs": args.epochs,
             "seeds": args.seeds,
             "sgd_lr": sgd_lr,
-            "sgd_lrs": [{"sgd_lr": lr, "accuracy": float(row["accuracy plain"])} for lr, row in rates.items()],
+            "sgd_lrs": [{"sgd_lr": lr, "accuracy": accuracy} for lr, accuracy in right.items()],
             **gains,
             "gains_shown_for": shown,
             "losses_shown_for": worse,
@@ -103,15 +108,15 @@ def main(argv=None) -> dict:
     )
 
 
-def trained(recipe: Recipe, rung: str, seed: int, data: Data, run: Run) -> dict:
+def trained(recipe: Recipe, rung: str, seed: int, data: Data, args, run: Run) -> dict:
     """The row of history.csv of one training, which is made unless it is there."""
     key = {"rung": rung, "seed": str(seed), "sgd_lr": str(recipe.sgd_lr)}
     for row in run.history():
         if key.items() <= row.items():
             return row
-    seed_everything(seed)
+    seed_everything(args.seed + seed)
     started = time.perf_counter()
-    training = FastTraining(recipe, data.train, len(data.classes), seed, amp=True)
+    training = FastTraining(recipe, data.train, len(data.classes), args.seed + seed, amp=True)
     for epoch in range(recipe.epochs):
         loss = training.epoch(epoch)
     seconds = time.perf_counter() - started

@@ -23,7 +23,7 @@ SMALLEST = 32  # pixels: five halvings leave one
 
 @dataclass(frozen=True)
 class Split:
-    """Images x uint8 (N, 3, 32, 32) and labels y int64 (N,) on one device."""
+    """Images x uint8 (N, C, H, W), or features x float (N, F) made of them, and labels y int64 (N,), on one device."""
 
     x: Tensor
     y: Tensor
@@ -75,7 +75,7 @@ def load(
 
 
 def pixels(x: Tensor) -> Tensor:
-    """uint8 images as floats of [0, 1] in the channels-last layout: (B, 3, H, W) → (B, 3, H, W)."""
+    """uint8 images as floats of [0, 1] in the channels-last layout: (B, C, H, W) → (B, C, H, W)."""
     return (x / 255).contiguous(memory_format=torch.channels_last)
 
 

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnn_cifar.resnet import BasicBlock, ResNet
-from shared_utils.cli import UserError
 
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training images, in units of [0, 1]
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
@@ -28,20 +27,22 @@ IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # what
 
 
 class Normalize(nn.Module):
-    """(x − mean) / std by channel, CIFAR-10's by default: (B, 3, H, W) of [0, 1] → the same shape.
+    """(x − mean) / std by channel, CIFAR-10's by default: (B, C, H, W) of [0, 1] → the same shape.
+
+    A single mean and std (`**MNIST`) are for all channels alike.
 
     `nn.Sequential(Normalize(), resnet18(...))` takes pixels in [0, 1] as well.
     """
 
     def __init__(self, mean: tuple[float, ...] = CIFAR10_MEAN, std: tuple[float, ...] = CIFAR10_STD):
         super().__init__()
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])  # (3, 1, 1)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])  # (C or 1, 1, 1)
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images. Errors: `UserError` when x is not of floats, as bytes of 0 to 255 would pass unseen."""
+        """Normalised images. Errors: `ValueError` when x is not of floats, as bytes of 0 to 255 would pass unseen."""
         if not x.is_floating_point():
-            raise UserError(f"the network takes pixels from 0 to 1 as floats, got {x.dtype}: divide them by 255")
+            raise ValueError(f"the network takes pixels from 0 to 1 as floats, got {x.dtype}: divide them by 255")
         return (x - self.mean) / self.std
 
 

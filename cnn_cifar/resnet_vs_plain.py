@@ -146,7 +146,7 @@ def train(depth: int, kind: str, lr: float, seed: int, data: Data, args, run: Ru
     row = next((row for row in run.history() if key.items() <= row.items()), None)
     if row is None:
         started = time.perf_counter()
-        network, norms, losses = fit(depth, kind, lr, seed, data, args)
+        network, norms, losses = fit(depth, kind, lr, args.seed + seed, data, args)
         seconds = time.perf_counter() - started
         last = float(losses[-len(losses) // args.epochs :].mean())
         val, test = (loss_and_accuracy(network, split, args.amp)[1] for split in (data.val, data.test))

@@ -53,7 +53,7 @@ def main(argv=None) -> dict:
     args = build_parser().parse_args(argv)
     rng, device = seed_everything(args.seed), pick_device(args.device)
     train, test = load(args, rng)
-    parts = folds(train.y, rng)
+    parts = folds(train.y, rng, len(train.classes))
     run = start_run(args)
     rows, before = [], None
     for name, prepare, whitening in rungs():

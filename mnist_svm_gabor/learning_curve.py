@@ -14,9 +14,9 @@ Writes learning_curve.png, history.csv, metrics.json.
 import numpy as np
 
 from mnist_svm_gabor.features import BANKS, Preparation
-from mnist_svm_gabor.protocol import choose_and_fit, default_grid, folds
+from mnist_svm_gabor.protocol import Fold, choose_and_fit, default_grid, folds
 from shared_utils.cli import UserError, make_parser, non_negative_int, positive_int, run_main
-from shared_utils.data import load_images, stratified_order
+from shared_utils.data import Images, load_images, stratified_order
 from shared_utils.device import pick_device
 from shared_utils.plotting import mean_std, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -49,17 +49,17 @@ def main(argv=None) -> dict:
     if sizes[-1] > len(train) or sizes[0] < 5 * len(train.classes):
         low = 5 * len(train.classes)
         raise UserError(f"--sizes must lie between {low} (five images a class) and the {len(train)} of {args.dataset}")
+    # All training images are the same subset whatever the seed: there one seed is enough.
+    seeds = {size: args.seeds[:1] if size == len(train) else args.seeds for size in sizes}
+    drawn = {(size, seed): draw_images(train, size, [args.seed, seed]) for size in sizes for seed in seeds[size]}
     run = start_run(args)
 
     preparations = {"raw": Preparation(14), "gabor": Preparation(14, bank=BANKS[14])}
     vectors = {name: (prepare(train.x, device), prepare(test.x, device)) for name, prepare in preparations.items()}
     error = {key: np.full((len(args.seeds), len(sizes)), np.nan) for key in ((f, k) for f in vectors for k in KERNELS)}
     for s, size in enumerate(sizes):
-        # All training images are the same subset whatever the seed: there one seed is enough.
-        for r, seed in enumerate(args.seeds[:1] if size == len(train) else args.seeds):
-            rng = np.random.default_rng([args.seed, seed])
-            chosen = stratified_order(train.y, rng)[:size]
-            parts = folds(train.y[chosen], rng)
+        for r, seed in enumerate(seeds[size]):
+            chosen, parts = drawn[size, seed]
             for features, (x, x_test) in vectors.items():
                 for kernel in KERNELS:
                     fitted = choose_and_fit(x[chosen], train.y[chosen], parts, kernel, default_grid(kernel))
@@ -69,6 +69,13 @@ def main(argv=None) -> dict:
     rows = table(error, sizes)
     save_figure(draw(error, sizes, test.title), run.path("learning_curve.png"))
     return run.finish({"rows": rows, "seeds": args.seeds})
+
+
+def draw_images(train: Images, size: int, seed: list[int]) -> tuple[np.ndarray, list[Fold]]:
+    """Positions of `size` training images, stratified, and the folds of these. Errors: `UserError` as `folds`."""
+    rng = np.random.default_rng(seed)
+    chosen = stratified_order(train.y, rng)[:size]
+    return chosen, folds(train.y[chosen], rng, len(train.classes))
 
 
 def table(error: dict, sizes: list[int]) -> list[dict]:

@@ -70,11 +70,11 @@ def load(args, rng: np.random.Generator) -> tuple[Images, Images]:
     return train, load_images(args.dataset, "test", args.data_dir, shape=(1, 28, 28))
 
 
-def folds(y: np.ndarray, rng: np.random.Generator) -> list[Fold]:
+def folds(y: np.ndarray, rng: np.random.Generator, n_classes: int) -> list[Fold]:
     """What the search fits to and counts on: the fixed split (a sixth held out), or five folds of few images.
 
-    y: labels (N,). The positions to fit to come in a stratified random order.
-    Errors: `UserError` when a class is missing in a fold.
+    y: labels (N,) in 0 … n_classes − 1. The positions to fit to come in a stratified random order.
+    Errors: `UserError` when one of the classes is missing in a fold.
     """
     if len(y) >= FEW:
         train_at, val_at = split_positions(y)
@@ -82,7 +82,7 @@ def folds(y: np.ndarray, rng: np.random.Generator) -> list[Fold]:
     else:
         order = stratified_order(y, rng)
         found = [(np.delete(order, np.s_[i::5]), order[i::5]) for i in range(5)]
-    if any(len(np.unique(y[train_at])) < len(np.unique(y)) for train_at, _ in found):
+    if any(len(np.unique(y[train_at])) < n_classes for train_at, _ in found):
         raise UserError(f"{len(y)} training images are too few for every class to occur in each fold")
     return found
 

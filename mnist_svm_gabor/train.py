@@ -71,7 +71,7 @@ def main(argv=None) -> dict:
     if args.gamma and args.kernel == "linear":
         raise UserError("--gamma: a linear kernel has none")
     train, test = load(args, rng)
-    parts = folds(train.y, rng)
+    parts = folds(train.y, rng, len(train.classes))
     run = start_run(args)
 
     grid = default_grid(args.kernel)

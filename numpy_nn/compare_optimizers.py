@@ -28,7 +28,7 @@ import numpy as np
 
 from numpy_nn.activations import Tanh
 from numpy_nn.layers import Linear
-from numpy_nn.losses import SoftmaxCrossEntropy
+from numpy_nn.losses import NotFinite, SoftmaxCrossEntropy
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import SGD, Adam, RMSprop
 from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
@@ -105,7 +105,7 @@ def train_toy(toy: str, make: Callable, lr: float, seed: int, args) -> tuple[np.
                 optimizer.step()
             losses.append([loss.forward(network.forward(a), b) for a, b in ((x, y), (x_val, y_val))])
         return *np.array(losses, dtype=np.float64).T, network
-    except ValueError:
+    except NotFinite:
         return None
 
 

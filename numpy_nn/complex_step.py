@@ -72,7 +72,12 @@ class Case:
 
 
 def gradient_errors(case: Case, method: Method, h: float, rng: np.random.Generator) -> dict[str, float]:
-    """Relative error of each analytic gradient of ⟨dy, forward⟩ against `method` with step h, for one random dy."""
+    """Relative error of each analytic gradient of ⟨dy, forward⟩ against `method` with step h, for one random dy.
+
+    As `shared_utils.gradcheck.check_gradients`, apart from two things: a complex step puts another array in the place
+    of the real one, so it needs the places; and a gradient that is all zero has the error 1 where the true one is not,
+    since a planted bug may make it so and is then caught.
+    """
     dy = rng.standard_normal(np.shape(case.forward()))
     analytic = {name: np.array(gradient) for name, gradient in case.backward(dy).items()}
 

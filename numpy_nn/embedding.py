@@ -1,4 +1,4 @@
-"""The patch-embedding network of train_numpy_vs_torch.py and failure_modes.py: one place for its shape and its update.
+"""The patch-embedding network of train_numpy_vs_torch.py, failure_modes.py and benchmark.py: its shape and its update.
 
 Shapes: N images, B batch, K classes.
 """

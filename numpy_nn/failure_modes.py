@@ -15,6 +15,7 @@ import numpy as np
 from numpy_nn.activations import ReLU
 from numpy_nn.embedding import batch_order, embedding_network, stepper
 from numpy_nn.inputs import Inputs, load_inputs
+from numpy_nn.losses import NotFinite
 from numpy_nn.network import Sequential
 from shared_utils.cli import make_parser, positive_float, positive_int, run_main
 from shared_utils.plotting import COLORS, DASHES, new_figure, save_figure
@@ -81,7 +82,7 @@ def train(network: Sequential, factor: float, data: Inputs, args) -> tuple[list[
     for number, batch in enumerate(order, start=1):
         try:
             step(batch)
-        except ValueError:  # the loss is no longer finite: that is the finding
+        except NotFinite:  # the loss is no longer finite: that is the finding
             return at, errors, number
         if number % args.every == 0:
             at.append(number)

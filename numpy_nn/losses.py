@@ -6,6 +6,10 @@ Shapes: N batch, K classes, M outputs.
 import numpy as np
 
 
+class NotFinite(ValueError):
+    """NaN or infinity: mostly of a learning rate that is too high. Apart from a bug, whose ValueError stays one."""
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """log softmax over the last axis, without overflow: the maximum (of the real part) is taken off first."""
     shifted = logits - logits.real.max(-1, keepdims=True)
@@ -16,7 +20,10 @@ class SoftmaxCrossEntropy:
     """−(1/N) Σ_n log softmax(logits_n)[label_n], in nats. Its gradient is (softmax − one-hot) / N."""
 
     def forward(self, logits: np.ndarray, labels: np.ndarray) -> float:
-        """logits: (N, K), labels: whole numbers (N,) in 0 … K − 1. Errors: `ValueError` for others, and for NaN."""
+        """logits: (N, K), labels: whole numbers (N,) in 0 … K − 1.
+
+        Errors: `ValueError` for others, `NotFinite` for NaN.
+        """
         labels = np.asarray(labels)
         if logits.ndim != 2 or labels.shape != logits.shape[:1]:
             raise ValueError(
@@ -31,7 +38,7 @@ class SoftmaxCrossEntropy:
         self._labels, self._p = labels, np.exp(log_p)
         loss = -log_p[np.arange(len(labels)), labels].mean()
         if not np.isfinite(loss):
-            raise ValueError("the loss is not finite: NaN in the data, or a learning rate that is too high")
+            raise NotFinite("the loss is not finite: NaN in the data, or a learning rate that is too high")
         return loss
 
     def backward(self) -> np.ndarray:
@@ -45,7 +52,7 @@ class MSE:
     """(1 / NM) Σ (prediction − target)²: the mean over all numbers, as PyTorch's."""
 
     def forward(self, prediction: np.ndarray, target: np.ndarray) -> float:
-        """prediction, target: (N, M). Errors: `ValueError` for other shapes, and for NaN."""
+        """prediction, target: (N, M). Errors: `ValueError` for other shapes, `NotFinite` for NaN."""
         if prediction.shape != target.shape:
             raise ValueError(
                 f"MSE: prediction and target must have one shape, got {prediction.shape} and {target.shape}"
@@ -53,7 +60,7 @@ class MSE:
         self._difference = prediction - target
         loss = (self._difference**2).mean()
         if not np.isfinite(loss):
-            raise ValueError("the loss is not finite: NaN in the data, or a learning rate that is too high")
+            raise NotFinite("the loss is not finite: NaN in the data, or a learning rate that is too high")
         return loss
 
     def backward(self) -> np.ndarray:

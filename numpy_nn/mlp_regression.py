@@ -23,7 +23,7 @@ import numpy as np
 
 from numpy_nn.activations import ReLU, Tanh
 from numpy_nn.layers import Linear
-from numpy_nn.losses import MSE
+from numpy_nn.losses import MSE, NotFinite
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import Adam
 from shared_utils.cli import (
@@ -128,7 +128,7 @@ def train(points: Points, args, rng: np.random.Generator) -> tuple[Sequential, d
             optimizer.lr = max(args.lr * (1 + math.cos(math.pi * optimizer.t / total)) / 2, 1e-12)
             try:
                 loss.forward(network.forward(points.x_train[at], training=True), points.y_train[at])
-            except ValueError as error:
+            except NotFinite as error:
                 where = f"update {optimizer.t + 1}, learning rate {optimizer.lr:.3g}"
                 raise UserError(f"{where}: {error}; try --lr {args.lr / 10:g}") from None
             network.backward(loss.backward(), need_dx=False)

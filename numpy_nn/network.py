@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from numpy_nn.layers import Layer
+from numpy_nn.losses import NotFinite
 from shared_utils.checkpoint import load_arrays, save_arrays
 from shared_utils.cli import UserError
 
@@ -16,9 +17,9 @@ class Sequential:
         self.layers = list(layers)
 
     def forward(self, x: np.ndarray, training: bool = False) -> np.ndarray:
-        """x: what the first layer takes; returns what the last one gives. Errors: `ValueError` for NaN in x."""
+        """x: what the first layer takes; returns what the last one gives. Errors: `NotFinite` for NaN in x."""
         if not np.isfinite(x).all():
-            raise ValueError(f"the input of shape {x.shape} has NaN or infinity in it")
+            raise NotFinite(f"the input of shape {x.shape} has NaN or infinity in it")
         for layer in self.layers:
             x = layer.forward(x, training)
         return x
@@ -39,7 +40,7 @@ class Sequential:
         return {**self.parameters(), **buffers}
 
     def restore(self, arrays: dict[str, np.ndarray], source: str | Path = "the arrays") -> None:
-        """Take over `arrays` of the same architecture; nothing changes when one does not fit (`ValueError`)."""
+        """Take over `arrays` of the same architecture; nothing changes when one does not fit (`UserError`)."""
         own = self.arrays()
         theirs, ours = ({name: array.shape for name, array in found.items()} for found in (arrays, own))
         if theirs != ours:

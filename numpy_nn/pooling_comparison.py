@@ -30,13 +30,13 @@ from numpy_nn.activations import ReLU
 from numpy_nn.conv import AvgPool2d, Conv2d, MaxPool2d
 from numpy_nn.inputs import CHUNK, Inputs, evaluate, load_inputs, predict_logits
 from numpy_nn.layers import Flatten, Layer, Linear
-from numpy_nn.losses import SoftmaxCrossEntropy
+from numpy_nn.losses import NotFinite, SoftmaxCrossEntropy
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import Adam
 from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
 from shared_utils.data import minibatches, stratified_order
 from shared_utils.plotting import COLORS, mean_std, new_figure, save_figure
-from shared_utils.runs import replacing, start_run
+from shared_utils.runs import Diverged, replacing, start_run
 from shared_utils.stats import mcnemar, wilson_interval
 from shared_utils.stats import mean_std as mean_and_std
 
@@ -67,7 +67,10 @@ def build_network(variant: str, classes: int, seed: list[int]) -> Sequential:
 
 @np.errstate(over="ignore", invalid="ignore")  # the loss refuses what is not finite
 def train(variant: str, lr: float, seed: int, data: Inputs, args, run) -> dict:
-    """Train one network on the first `--train-size` images of a stratified order; returns it with its curves."""
+    """Train one network on the first `--train-size` images of a stratified order; returns it with its curves.
+
+    Errors: `Diverged` when the loss does not stay finite.
+    """
     network = build_network(variant, len(data.classes), [args.seed, seed])
     rng = np.random.default_rng([args.seed, seed, 100])  # images and batches: the same for every variant
     chosen = stratified_order(data.y_train, rng)[: args.train_size]
@@ -87,13 +90,22 @@ def train(variant: str, lr: float, seed: int, data: Inputs, args, run) -> dict:
                 step += 1
             seconds += time.perf_counter() - started
             val_loss, val_accuracy = evaluate(network, data.x_val, data.y_val)
-        except ValueError as error:
+        except NotFinite as error:
             where = f"{variant}, step {step}, lr {optimizer.lr:.3g}"
-            raise UserError(f"{where}: {error}; try --lrs {lr / 10:g}") from None
+            raise Diverged(f"{where}: {error}; try --lrs {lr / 10:g}") from None
         row = {"train_loss": total / len(chosen), "val_loss": val_loss, "val_accuracy": val_accuracy}
         run.log(variant=variant, lr=lr, seed=seed, epoch=epoch, **row)
         rows.append(row)
     return {"network": network, "rows": rows, "epoch_seconds": seconds / args.epochs, "updates": updates}
+
+
+def trial(variant: str, lr: float, seed: int, data: Inputs, args, run) -> dict:
+    """As `train`; where it diverges, an infinite validation loss and the error: other rates go on."""
+    try:
+        return train(variant, lr, seed, data, args, run)
+    except Diverged as error:
+        print(error, flush=True)
+        return {"rows": [{"val_loss": math.inf}], "error": error}
 
 
 def active_fractions(network: Sequential, x: np.ndarray) -> list[float]:
@@ -130,10 +142,12 @@ def main(argv=None) -> dict:
     seeds = list(dict.fromkeys(args.seeds))
     # The variants in turn: a machine that slows down slows all of them.
     lrs = sorted(set(args.lrs))
-    trials = {(v, lr): train(v, lr, seeds[0], data, args, run) for lr in lrs for v in VARIANTS}
+    trials = {(v, lr): trial(v, lr, seeds[0], data, args, run) for lr in lrs for v in VARIANTS}
     val_losses = {v: [trials[v, lr]["rows"][-1]["val_loss"] for lr in lrs] for v in VARIANTS}
     chosen = {v: lrs[int(np.argmin(losses))] for v, losses in val_losses.items()}
     runs = {(v, seeds[0]): trials[v, chosen[v]] for v in VARIANTS}
+    if errors := [found["error"] for found in runs.values() if "error" in found]:  # at every rate
+        raise errors[0]
     runs |= {(v, seed): train(v, chosen[v], seed, data, args, run) for seed in seeds[1:] for v in VARIANTS}
 
     variants, right = {}, {}
@@ -141,7 +155,11 @@ def main(argv=None) -> dict:
         of_variant = [runs[variant, seed] for seed in seeds]
         correct = [predict_logits(r["network"], data.x_test).argmax(1) == data.y_test for r in of_variant]
         right[variant] = correct[0]
-        row = {"lr": chosen[variant], "lr_grid": lrs, "lr_val_losses": val_losses[variant]}
+        row = {
+            "lr": chosen[variant],
+            "lr_grid": lrs,
+            "lr_val_losses": [x if math.isfinite(x) else None for x in val_losses[variant]],
+        }
         row["parameters"] = sum(a.size for a in of_variant[0]["network"].parameters().values())
         for key, values in {
             "test_accuracy": [c.mean() for c in correct],

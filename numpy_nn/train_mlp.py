@@ -22,7 +22,7 @@ import time
 import numpy as np
 
 from numpy_nn.inputs import Inputs, evaluate, load_inputs
-from numpy_nn.losses import SoftmaxCrossEntropy
+from numpy_nn.losses import NotFinite, SoftmaxCrossEntropy
 from numpy_nn.mlp import ACTIVATIONS, build_mlp
 from numpy_nn.optimizers import Adam
 from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
@@ -73,7 +73,7 @@ def train(activation: str, seed: int, data: Inputs, args, run) -> dict:
                 total += float(value) * len(batch)
                 step += 1
             val_loss, val_accuracy = evaluate(network, data.x_val, data.y_val)
-        except ValueError as error:
+        except NotFinite as error:
             at = f"{activation}, step {step}, lr {optimizer.lr:.3g}"
             raise UserError(f"{at}: {error}; try --lr {args.lr / 10:g}") from None
         row = {"train_loss": total / len(data.x_train), "val_loss": val_loss, "val_accuracy": val_accuracy}

@@ -20,7 +20,7 @@ import numpy as np
 
 from numpy_nn.cnn import RECIPES, build_network, random_affine, random_shift
 from numpy_nn.inputs import evaluate, load_inputs, predict_logits
-from numpy_nn.losses import SoftmaxCrossEntropy
+from numpy_nn.losses import NotFinite, SoftmaxCrossEntropy
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import SGD, Adam, Optimizer, RMSprop
 from shared_utils.checkpoint import load_arrays, save_arrays
@@ -122,7 +122,7 @@ def main(argv=None) -> dict:
                     value = loss.forward(logits, y)
                     network.backward(loss.backward(), need_dx=False)
                     optimizer.step()
-            except ValueError as error:
+            except NotFinite as error:
                 raise UserError(f"update {step}, learning rate {optimizer.lr:.3g}: {error}; try a lower --lr") from None
             total += float(value) * len(batch)
             wrong += int((logits.argmax(1) != y).sum())
@@ -130,7 +130,7 @@ def main(argv=None) -> dict:
         try:
             with np.errstate(over="ignore", invalid="ignore"):
                 val_loss, val_accuracy = evaluate(network, data.x_val, data.y_val)
-        except ValueError as error:
+        except NotFinite as error:
             raise UserError(f"after epoch {epoch}: {error}; try a lower --lr") from None
         run.log(
             epoch=epoch,

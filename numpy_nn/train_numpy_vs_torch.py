@@ -19,6 +19,7 @@ import torch
 
 from numpy_nn.embedding import batch_order, embedding_network, stepper
 from numpy_nn.inputs import Inputs, evaluate, load_inputs
+from numpy_nn.losses import NotFinite
 from numpy_nn.twin import torch_twin
 from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main
 from shared_utils.plotting import COLORS, DASHES, new_figure, save_figure
@@ -80,15 +81,14 @@ def train_both(data: Inputs, args, run) -> tuple[dict, dict, dict]:
         for name, step in steppers.items():  # in turns, so that a busy machine slows both
             began = time.perf_counter()
             done = [
-                finite_step(step, batch, start + i, args.lr)
-                for i, batch in enumerate(order[start : start + args.every])
+                finite(step, start + i, args.lr, batch) for i, batch in enumerate(order[start : start + args.every])
             ]
             seconds[name] += time.perf_counter() - began
             history = histories[name]
             history["loss"] += [loss for loss, _ in done]
             history["error"] += [error for _, error in done]
             look, network = (evaluate, ours) if name == "numpy" else (torch_evaluate, theirs)
-            val_loss, val_accuracy = look(network, data.x_val, data.y_val)
+            val_loss, val_accuracy = finite(look, start + len(done), args.lr, network, data.x_val, data.y_val)
             history["at"].append(start + len(done))
             history["val_loss"].append(val_loss)
             history["val_error"].append(1 - val_accuracy)
@@ -97,16 +97,16 @@ def train_both(data: Inputs, args, run) -> tuple[dict, dict, dict]:
     return {"numpy": ours, "torch": theirs}, histories, seconds
 
 
-def finite_step(step: Callable, batch: np.ndarray, number: int, lr: float) -> tuple[float, float]:
-    """One update; a loss that is not finite stops the run with what to do."""
+def finite(call: Callable, number: int, lr: float, *inputs) -> tuple[float, float]:
+    """What an update or an evaluation gives, (loss, share); a loss that is not finite stops the run with what to do."""
     try:
         with np.errstate(over="ignore", invalid="ignore"):
-            loss, error = step(batch)
-    except ValueError as trouble:
+            loss, share = call(*inputs)
+    except NotFinite as trouble:
         raise UserError(f"update {number}, learning rate {lr:g}: {trouble}; try a lower --lr") from None
     if not np.isfinite(loss):
         raise UserError(f"update {number}, learning rate {lr:g}: the loss is not finite; try a lower --lr")
-    return loss, error
+    return loss, share
 
 
 def divergence(data: Inputs, args, dtype, updates: int) -> np.ndarray:
@@ -115,7 +115,8 @@ def divergence(data: Inputs, args, dtype, updates: int) -> np.ndarray:
     ours = embedding_network(np.random.default_rng(args.seed), len(data.classes), dtype)
     steps = (stepper(ours, x, data.y_train, args.lr), torch_stepper(torch_twin(ours), x, data.y_train, args.lr))
     order = batch_order(len(x), updates, args.batch_size, args.seed)
-    return np.array([abs(steps[0](batch)[0] - steps[1](batch)[0]) for batch in order])
+    losses = [[finite(step, number, args.lr, batch)[0] for step in steps] for number, batch in enumerate(order)]
+    return np.abs(np.diff(losses)[:, 0])
 
 
 def main(argv=None) -> dict:

@@ -21,7 +21,7 @@ import numpy as np
 
 from numpy_nn.activations import ReLU, Tanh
 from numpy_nn.layers import Linear
-from numpy_nn.losses import MSE
+from numpy_nn.losses import MSE, NotFinite
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import Adam
 from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
@@ -78,7 +78,7 @@ def train(network: Sequential, x: np.ndarray, y: np.ndarray, args, rng: np.rando
             optimizer.lr = max(args.lr * (1 + math.cos(math.pi * optimizer.t / total)) / 2, 1e-12)
             try:
                 loss.forward(network.forward(x[at], training=True), y[at])
-            except ValueError as error:
+            except NotFinite as error:
                 where = f"update {optimizer.t + 1}, learning rate {optimizer.lr:.3g}"
                 raise UserError(f"{where}: {error}; try --lr {args.lr / 10:g}") from None
             network.backward(loss.backward(), need_dx=False)

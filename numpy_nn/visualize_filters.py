@@ -88,6 +88,9 @@ def main(argv=None) -> dict:
     digits = list(dict.fromkeys(args.digits))
     if max(digits) >= len(data.classes):
         raise UserError(f"--digits {max(digits)}: {args.dataset} has the classes 0 to {len(data.classes) - 1}")
+    if missing := set(digits) - set(data.y_val.tolist()):
+        digit = min(missing)
+        raise UserError(f"--digits {digit}: none of the validation images is of the class {data.classes[digit]}")
     if network.layers[-1].params["b"].size != len(data.classes):
         raise UserError(f"{weights} tells {network.layers[-1].params['b'].size} classes apart, not {len(data.classes)}")
     run = start_run(args)

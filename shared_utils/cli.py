@@ -44,6 +44,7 @@ non_negative_float = _checked(float, lambda v: v >= 0 and math.isfinite(v), "a f
 finite_float = _checked(float, math.isfinite, "a finite number")
 seed_number = _checked(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")
 fraction = _checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
+share_below_1 = _checked(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")
 utf8_text = _checked(lambda text: text.encode("utf-8").decode(), lambda v: True, "UTF-8 text")
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from shared_utils import embedded
-from shared_utils.cli import UserError
+from shared_utils.cli import STAND_INS, UserError
 from shared_utils.runs import replacing
 
 _MNIST_MD5 = {
@@ -47,7 +47,7 @@ _CIFAR10_MD5 = {
     "test_batch": "40351d587109b95175f43aff81a1287e",
     "batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
 }
-# name -> torchvision class, folder below the root, checksums, the stand-in that needs no download
+# name -> torchvision class, folder below the root, checksums
 _TORCHVISION = {
     "mnist": ("MNIST", "MNIST/raw", _MNIST_MD5),
     "fashion": ("FashionMNIST", "FashionMNIST/raw", _FASHION_MD5),
@@ -238,10 +238,9 @@ def _download(name: str, dataset: type, root: Path, folder: str) -> None:
         with network_timeout(), contextlib.redirect_stdout(io.StringIO()):
             dataset(root, download=True)
     except Exception as error:  # a broken download raises anything from URLError to tarfile.ReadError
-        stand_in = "shapes" if name == "cifar10" else "digits"
         raise UserError(
             f"{name} is not in {root / folder} and torchvision could not download it ({error}); "
-            f"put its files there, or use --dataset {stand_in}, which needs none"
+            f"put its files there, or use --dataset {STAND_INS[name]}, which needs none"
         ) from None
 
 

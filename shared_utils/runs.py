@@ -105,13 +105,17 @@ def figures(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob("*.png")) if path.stat().st_mtime >= started]
 
 
+class Diverged(UserError):
+    """A loss that is not finite. A script that tries several learning rates catches it and goes on with the next."""
+
+
 def check_finite(loss: float, step: int, lr: float, flag: str = "--lr") -> None:
-    """Stop the run when its loss is not finite: `UserError` with the step, the learning rate and what to do.
+    """Stop the run when its loss is not finite: `Diverged` with the step, the learning rate and what to do.
 
     flag: the one that sets the learning rate.
     """
     if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step} with learning rate {lr:g}: try a lower {flag}")
+        raise Diverged(f"the loss is {loss} at step {step} with learning rate {lr:g}: try a lower {flag}")
 
 
 class Run:

@@ -109,6 +109,14 @@ def test_unlabelled_images_do_not_reach_the_classifier(data, features):
         assert found[kind][len(data.y_train)] != again[kind][len(data.y_train)]
 
 
+@torch.no_grad()
+def test_the_seed_is_added_to_each_of_the_seeds(data, features):
+    few = {name: features[name] for name in ("raw", "codes")}
+    given = [arguments("--labels", 40, "--seed", seed, "--seeds", *seeds) for seed, seeds in ((0, [3, 5]), (2, [1, 3]))]
+    found, moved = (compare.study(args, data, few, lambda **row: None)[0] for args in given)
+    assert found == moved
+
+
 # --- inputs -------------------------------------------------------------------------------------------------------
 
 
@@ -241,7 +249,7 @@ def test_metrics(files, data, tmp_path):
     [
         (["--labels", "20", "1238"], "asked for 1238 labelled images, there are 1237"),
         (["--labels", "0"], "above 0"),
-        (["--labels", "1"], "batch of one"),
+        (["--labels", "1"], "at least two images"),
         (["--val-size", "210"], "was trained with --val-size 200, not 210"),
         (["--ckpt", "nowhere.pth"], "no checkpoint at nowhere.pth"),
         (["--ckpt-denoising", "nowhere.pth"], "no checkpoint at nowhere.pth"),
@@ -251,7 +259,7 @@ def test_metrics(files, data, tmp_path):
 )
 def test_wrong_flags_and_files(flags, message, files, fails, tmp_path):
     fast = ["--quick", *given(files), "--labels", 20, "--updates", 30, "--seeds", 0, "--out", tmp_path / "out"]
-    assert message in fails(compare, [*fast, *flags])
+    assert message in fails(compare, [*fast, *flags], None if "--lr" in flags else tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_the_rate_is_chosen_on_validation(monkeypatch):
 
     def train(found, use_batchnorm, init, seed, lr, args):
         if lr == 0.4:
-            raise train_mlp.UserError("diverged")
+            raise train_mlp.Diverged("diverged")
         return f"network at {lr}", {"val_score": np.array([0.0, last[lr] + seed])}
 
     monkeypatch.setattr(train_mlp, "train", train)
@@ -180,6 +180,22 @@ def test_the_rate_is_chosen_on_validation(monkeypatch):
         assert scores == {"0.1": 5.5, "0.4": None, "0.2": 2.5, "0.3": 3.5}
     with pytest.raises(train_mlp.UserError, match=r"no rate of --lr works: diverged"):
         train_mlp.fit_variant(problem(spirals), "BatchNorm, He", [0], arguments("--lr", "0.4"))
+
+
+def test_a_mistake_or_a_bug_is_not_taken_for_a_rate_that_diverges(monkeypatch):
+    args = arguments("--lr", "0.1", "0.2")
+    args.batch_size = 1
+    with pytest.raises(train_mlp.UserError, match=r"^BatchNorm cannot be trained on a batch of one image"):
+        train_mlp.fit_variant(problem(spirals), "BatchNorm, He", [0], args)
+
+    def columns_missing(layer, x, training=False):
+        return forward(layer, x[:, 1:], training)
+
+    forward = Linear.forward
+    monkeypatch.setattr(Linear, "forward", columns_missing)
+    with pytest.raises(ValueError, match="takes an input of shape") as error:
+        train_mlp.fit_variant(problem(spirals), "BatchNorm, He", [0], args)
+    assert error.type is ValueError
 
 
 def test_effects_are_paired_and_their_intervals_student_s():

@@ -256,6 +256,16 @@ def test_a_combination_that_diverges_does_not_stop_the_others(tmp_path):
         ae_experiments.main([*flags, "--lr", "1e6", "--out", str(tmp_path / "b")])
 
 
+def test_a_bug_in_one_combination_is_not_booked_as_diverged(monkeypatch):
+    def bug(model, recipe, x_train, x_val, seed):
+        raise UserError("not a rate")
+
+    monkeypatch.setattr(ae_experiments, "fit", bug)
+    recipe, x = Recipe((4,)), np.zeros((3, 6), np.uint8)
+    with pytest.raises(UserError, match="not a rate"):
+        ae_experiments.train(x, x, torch.device("cpu"), recipe, 0)
+
+
 def test_effects_compare_combinations_that_differ_in_one_factor():
     rows = []
     for activation, batchnorm, error in (("relu", "off", 1), ("relu", "on", 4), ("gelu", "off", 2), ("gelu", "on", 8)):

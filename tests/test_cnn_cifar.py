@@ -221,8 +221,9 @@ def test_normalisation_is_part_of_the_model_and_of_its_state():
     flat = torch.tensor(CIFAR10_MEAN).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     assert Normalize()(flat).abs().max() < 1e-6
     torch.testing.assert_close(Normalize()(flat + torch.tensor(CIFAR10_STD).view(3, 1, 1)), torch.ones(1, 3, 2, 2))
-    with pytest.raises(UserError, match=r"^the network takes pixels from 0 to 1 as floats, got torch.uint8"):
+    with pytest.raises(ValueError, match=r"^the network takes pixels from 0 to 1 as floats, got torch.uint8") as stop:
         model(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))
+    assert stop.type is ValueError
 
 
 @needs_cifar

@@ -10,7 +10,6 @@ from torch import Generator, nn
 from cnn_cifar import attacks
 from cnn_cifar.attacks import fgsm, input_gradient, iterative_fgsm, pgd
 from cnn_cifar.models import allcnn_t
-from shared_utils.cli import UserError
 
 EPS, ALPHA = 8 / 255, 2 / 255
 ATTACKS = {
@@ -205,5 +204,6 @@ def test_a_wrong_answer_is_worse_than_a_right_one_of_higher_loss():
     ],
 )
 def test_nonsense_is_refused(model, batch, call, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ValueError, match=message) as error:
         call(model, *batch)
+    assert error.type is ValueError

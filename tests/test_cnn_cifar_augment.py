@@ -210,8 +210,10 @@ def test_cutout_of_a_size_that_covers_all():
 @pytest.mark.parametrize("bad", [noise() / 255, noise()[:, :1], noise()[0]], ids=["float", "grey", "one image"])
 @pytest.mark.parametrize("function", [*RANDOM.values(), lambda x, g: alternating_flip(x, flip_coins(len(x), g), 0)])
 def test_other_images_are_refused(function, bad):
-    with pytest.raises(UserError, match=r"^augmentations take uint8 images \(N, 3, H, W\), got torch\.\w+ \(.*\)$"):
+    said = r"^augmentations take uint8 images \(N, 3, H, W\), got torch\.\w+ \(.*\)$"
+    with pytest.raises(ValueError, match=said) as stop:
         function(bad, seeded())
+    assert stop.type is ValueError
 
 
 @pytest.mark.parametrize(

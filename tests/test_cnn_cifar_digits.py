@@ -73,6 +73,14 @@ def without_times(metrics):
     return [without_times(value) for value in metrics] if isinstance(metrics, list) else metrics
 
 
+@pytest.mark.parametrize("module", FLAGS, ids=named)
+def test_the_seed_is_added_to_each_of_the_seeds(module, folders, digits, tmp_path):
+    metrics = ran(module, "--dataset", digits, "--out", tmp_path, "--seed", 2, "--seeds", 1, 3)  # those above: 3 and 5
+    whole = read_json(folders[module] / "metrics.json")
+    assert (metrics.pop("seeds"), whole.pop("seeds")) == ([1, 3], [3, 5])
+    assert without_times(metrics) == without_times(whole)
+
+
 # --- the comparison -----------------------------------------------------------------------------------------------
 
 

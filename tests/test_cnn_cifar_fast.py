@@ -96,7 +96,7 @@ def test_the_network_has_the_parameters_of_its_formula(widths, classes):
     assert network(torch.rand(2, 3, 32, 32)).shape == (2, classes)
     scales = [block.bn1.weight for block in network.blocks] + [block.bn2.weight for block in network.blocks]
     assert not any(scale.requires_grad for scale in scales)
-    with pytest.raises(UserError, match=r"pixels from 0 to 1 as floats, got torch.uint8"):
+    with pytest.raises(ValueError, match=r"pixels from 0 to 1 as floats, got torch.uint8"):
         network(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 

@@ -194,24 +194,27 @@ def test_fast_cifar_writes_what_its_docstring_names_and_it_agrees(runs_dir, pict
 
 
 def test_the_ladder_adds_one_ingredient_a_rung_and_goes_on(pictures, tmp_path, monkeypatch, no_figures):
-    recipes, training, accuracies = [], fast_cifar_ladder.FastTraining, fast_cifar_ladder.accuracies
+    recipes, seeds, training, accuracies = [], [], fast_cifar_ladder.FastTraining, fast_cifar_ladder.accuracies
 
-    def watched(recipe, *given, **named):
+    def watched(recipe, images, classes, seed, **named):
         recipes.append(recipe)
-        return training(recipe, *given, **named)
+        seeds.append((seed, torch.initial_seed()))
+        return training(recipe, images, classes, seed, **named)
 
     def apart(*given):  # the three ways never agree by chance
         return {way: value + len(way) + recipes[-1].sgd_lr for way, value in accuracies(*given).items()}
 
     monkeypatch.setattr(fast_cifar_ladder, "FastTraining", watched)
     monkeypatch.setattr(fast_cifar_ladder, "accuracies", apart)
-    flags = ["--dataset", pictures, "--out", tmp_path, *LADDER, "--sgd-lrs", 1, 2]
+    flags = ["--dataset", pictures, "--out", tmp_path, *LADDER, "--sgd-lrs", 1, 2, "--seed", 10]
     rungs, names = ran(fast_cifar_ladder, *flags)["rungs"], [name for name in INGREDIENTS if name != "tta"]
     inside = [[name for name in names if recipe.has(name)] for recipe in recipes]
     assert inside == [[], *([names[:i] for i in range(len(names) + 1)] * 2)]  # once from each seed, and the other rate
     assert [recipe.sgd_lr for recipe in recipes] == [1] + [2] * (
         len(recipes) - 1
     )  # the better one for all that follows
+    n = len(names) + 1
+    assert seeds == [(13, 13)] * (1 + n) + [(15, 15)] * n  # --seed and each of --seeds, of PyTorch and of the batches
     for below, rung in pairwise(rungs):
         gains = np.subtract(rung["accuracies"], below["accuracies"])
         assert [rung["accuracy"], rung["gain"]] == pytest.approx([np.mean(rung["accuracies"]), gains.mean()])
@@ -225,6 +228,13 @@ def test_the_ladder_adds_one_ingredient_a_rung_and_goes_on(pictures, tmp_path, m
     recipes.clear()
     again = ran(fast_cifar_ladder, *flags, "--resume")["rungs"]
     assert (len(recipes), [rung["accuracies"] for rung in again]) == (2, [rung["accuracies"] for rung in rungs])
+
+
+def test_a_rate_of_the_ladder_that_diverges_is_out_unless_it_is_the_only_one(pictures, tmp_path, no_figures, fails):
+    flags = ["--device", "cpu", "--dataset", pictures, *LADDER, "--sgd-lrs", 1e38]
+    assert "try a lower --sgd-lrs" in fails(fast_cifar_ladder, [*flags, "--out", tmp_path / "all"])
+    metrics = ran(fast_cifar_ladder, *flags[2:], 0.1, "--out", tmp_path / "one")
+    assert (metrics["sgd_lr"], metrics["sgd_lrs"][0]) == (0.1, {"sgd_lr": 1e38, "accuracy": 0})
 
 
 def test_predictions_of_all_kinds_of_pictures(runs_dir, tmp_path, monkeypatch):

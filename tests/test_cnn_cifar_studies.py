@@ -99,6 +99,13 @@ def test_a_stopped_run_goes_on_to_the_same_end(module, stop_at, runs_dir, pictur
         assert all(torch.equal(then[name], now[name]) for name in then)
 
 
+@pytest.mark.parametrize("module", [resnet_vs_plain, augmentation_study], ids=named)
+def test_the_seed_is_added_to_each_of_the_seeds(module, runs_dir, pictures, tmp_path, no_figures):
+    ran(module, "--dataset", pictures, "--out", tmp_path, "--seed", 2, "--seeds", 1, 3)  # those above are 3 and 5
+    rows = [{**row, "seed": str(int(row["seed"]) + 2)} for row in rows_of(tmp_path / "history.csv")]
+    assert rows == rows_of(runs_dir / named(module) / "history.csv")
+
+
 @pytest.mark.parametrize(
     ("module", "flags", "said"),
     [

@@ -104,7 +104,7 @@ def test_what_no_vit_can_be_made_of_is_refused():
     for wrong in ({"size": 30}, {"heads": 3}, {"stem": "linear"}, {"stem": "conv", "patch": 7}):
         with pytest.raises(UserError, match="a ViT of"):
             ViT(**wrong)
-    with pytest.raises(UserError, match="divide them by 255"):
+    with pytest.raises(ValueError, match="divide them by 255"):
         ViT(dim=16, depth=1, heads=2)(torch.zeros(1, 1, 28, 28, dtype=torch.uint8))
 
 

@@ -273,7 +273,7 @@ def test_the_search_puts_the_fewest_errors_first(blobs):
 def test_folds_are_disjoint_complete_and_few_images_get_five():
     y = np.arange(1200) % 10
     for n, count in ((1200, 1), (500, 5)):
-        parts = folds(y[:n], np.random.default_rng(0))
+        parts = folds(y[:n], np.random.default_rng(0), 10)
         assert len(parts) == count
         for train_at, val_at in parts:
             assert sorted([*train_at, *val_at]) == list(range(n))
@@ -281,7 +281,9 @@ def test_folds_are_disjoint_complete_and_few_images_get_five():
         if count == 5:
             assert sorted(np.concatenate([val_at for _, val_at in parts])) == list(range(n))
     with pytest.raises(UserError, match="too few"):
-        folds(np.array([0, 0, 0, 0, 0, 0, 1]), np.random.default_rng(0))
+        folds(np.array([0, 0, 0, 0, 0, 0, 1]), np.random.default_rng(0), 2)
+    with pytest.raises(UserError, match="too few"):
+        folds(np.arange(50) % 2, np.random.default_rng(0), 3)  # a class that the subset has not at all
 
 
 def test_the_protocol_counts_on_images_it_did_not_fit_and_refits_what_it_chose(blobs, monkeypatch):

@@ -33,12 +33,25 @@ def moments(image):
     return my, mx, (image * (y - my) * (x - mx)).sum() / mass
 
 
+@pytest.fixture
+def rare_class(tmp_path):
+    """A folder with 80 images for training of the one class, 80 of the next and one of the third."""
+    images = load_images("digits", "train")
+    for label, n in ((0, 80), (1, 80), (2, 1)):
+        for split in ("train", "test"):
+            folder = tmp_path / "rare" / split / f"digit {label}"
+            folder.mkdir(parents=True)
+            for i in np.flatnonzero(images.y == label)[:n]:
+                Image.fromarray(images.x[i, 0]).save(folder / f"{i}.png")
+    return tmp_path / "rare"
+
+
 @pytest.fixture(scope="module")
 def fitted():
     images = load_images("digits", "train")
     prepare = Preparation(14, True, GaborBank())
     grid = replace(default_grid("rbf"), components=[100])
-    found = choose_and_fit(prepare(images.x), images.y, folds(images.y, np.random.default_rng(0)), "rbf", grid)
+    found = choose_and_fit(prepare(images.x), images.y, folds(images.y, np.random.default_rng(0), 10), "rbf", grid)
     return Classifier(prepare, found.projection, found.svm, images.classes)
 
 
@@ -169,6 +182,16 @@ def test_bad_input_to_training(flags, message, tmp_path, fails, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
     out = tmp_path / "out"
     assert message in fails(train, [*(flag.format(tmp=tmp_path) for flag in flags), "--out", out], out)
+
+
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [(train, ["--train-size", 30]), (ablation, ["--train-size", 30]), (learning_curve, ["--sizes", 30, "--seeds", 0])],
+)
+def test_a_class_that_few_images_leave_out_is_said_before_the_run_begins(module, flags, rare_class, tmp_path, fails):
+    out = tmp_path / "out"
+    said = fails(module, ["--dataset", rare_class, *flags, "--out", out], out)
+    assert "30 training images are too few for every class" in said
 
 
 def test_an_unwritable_folder(tmp_path, fails):

@@ -18,8 +18,9 @@ from numpy_nn.complex_step import (
     one_sided_difference,
 )
 from numpy_nn.layers import Linear
+from numpy_nn.losses import MSE
 from numpy_nn.mutations import build_mutations, planted
-from shared_utils.cli import run_main
+from shared_utils.cli import UserError, run_main
 
 
 def rng(seed=0):
@@ -226,6 +227,17 @@ def test_without_noise_the_points_lie_on_the_function():
     top = np.full((1, 2), 2 * 2 / 9 - 1)  # where Franke's own coordinates are 9x = 9y = 2
     terms = [0.75, 0.75 * np.exp(-9 / 49 - 3 / 10), 0.5 * np.exp(-25 / 4 - 1 / 4), -0.2 * np.exp(-4 - 25)]
     assert mlp_regression.franke(top)[0, 0] == pytest.approx(sum(terms), rel=1e-12)
+
+
+@pytest.mark.parametrize("module", [mlp_regression, universal_approximation])
+def test_a_bug_in_a_fit_keeps_its_traceback(module, tmp_path, monkeypatch):
+    def bug(loss, prediction, target):
+        raise ValueError("shapes (3,) and (4,) not aligned")
+
+    monkeypatch.setattr(MSE, "forward", bug)
+    with pytest.raises(ValueError, match="not aligned") as raised:
+        module.main(["--quick", "--out", str(tmp_path / "out")])
+    assert not isinstance(raised.value, UserError)
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

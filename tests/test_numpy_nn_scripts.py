@@ -4,6 +4,7 @@ Their files and figures are covered by test_scripts.py, the layers by test_numpy
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from numpy_nn import compare_optimizers, evaluate_mlp, pooling_comparison, train
 from numpy_nn.activations import ReLU
 from numpy_nn.compare_optimizers import OPTIMIZERS, SURFACES, TOYS, choose, descend
 from numpy_nn.conv import AvgPool2d, Conv2d
+from numpy_nn.inputs import load_inputs
 from numpy_nn.layers import Flatten, Linear
 from numpy_nn.mlp import build_mlp
 from numpy_nn.network import Sequential
@@ -226,6 +228,20 @@ def test_visualize_filters_on_wrong_files(tmp_path, fails):
     assert "`python numpy_nn/train_mnist_numpy.py" in fails(visualize_filters, missing)
 
 
+def test_a_class_without_a_validation_image_is_no_class_to_show(tmp_path, fails, monkeypatch):
+    def without_threes(args):
+        data = load_inputs(args)
+        kept = data.y_val != 3
+        return replace(data, x_val=data.x_val[kept], y_val=data.y_val[kept])
+
+    monkeypatch.setattr(visualize_filters, "load_inputs", without_threes)
+    visualize_filters.build_network("plain", rng()).save(tmp_path / "model.npz")
+    (tmp_path / "model.json").write_text(json.dumps({"recipe": "plain"}))
+    flags = ["--dataset", "digits", "--ckpt", tmp_path / "model.npz", "--digits", 1, 3, "--out", tmp_path / "out"]
+    said = fails(visualize_filters, flags, tmp_path / "out")
+    assert "--digits 3: none of the validation images is of the class 3" in said
+
+
 # --- flags --------------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +273,15 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_rate(module, flag, fai
     assert "step " in said
     assert "lr " in said
     assert f"try {flag} 1e+29" in said
+
+
+def test_a_rate_that_diverges_is_out_of_the_comparison_of_poolings(tmp_path):
+    flags = ["--quick", "--seeds", "0", "--epochs", "1", "--train-size", "200", "--out", str(tmp_path)]
+    found = pooling_comparison.main([*flags, "--lrs", "1e30", "0.01"])["variants"]
+    for row in found.values():
+        assert (row["lr"], row["lr_grid"]) == (0.01, [0.01, 1e30])
+        assert row["lr_val_losses"][0] == pytest.approx(1.2, abs=1.1)
+        assert row["lr_val_losses"][1] is None
 
 
 @needs_mnist

@@ -3,9 +3,17 @@
 import numpy as np
 import pytest
 
-from numpy_nn import failure_modes, train_mnist_numpy, train_numpy_vs_torch
+from numpy_nn import (
+    compare_optimizers,
+    failure_modes,
+    pooling_comparison,
+    train_mlp,
+    train_mnist_numpy,
+    train_numpy_vs_torch,
+)
 from numpy_nn.cnn import build_network, random_affine
 from numpy_nn.embedding import batch_order, embedding_network, stepper
+from numpy_nn.losses import SoftmaxCrossEntropy
 from numpy_nn.train_numpy_vs_torch import torch_stepper
 from numpy_nn.twin import torch_twin
 from shared_utils.checkpoint import load_arrays
@@ -120,6 +128,8 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_weights(tmp_path,
         (train_mnist_numpy, ["--lr", "1e9", "--epochs", "1"], "not finite"),
         (train_numpy_vs_torch, ["--updates", "0"], "whole number above 0"),
         (train_numpy_vs_torch, ["--lr", "1e9"], "try a lower --lr"),
+        (train_numpy_vs_torch, ["--lr", "1e45", "--updates", "1"], "update 1, learning rate 1e+45"),
+        (train_numpy_vs_torch, ["--lr", "1e6", "--updates", "1", "--parity-updates", "60"], "try a lower --lr"),
         (failure_modes, ["--dataset", "shapes"], "needs 1×28×28"),
     ],
 )
@@ -131,6 +141,20 @@ def test_bad_input_is_one_line(module, flags, message, tmp_path, capsys):
     assert len(written.strip().splitlines()) == 1
     assert message in written
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    "module",
+    [compare_optimizers, failure_modes, pooling_comparison, train_mlp, train_mnist_numpy, train_numpy_vs_torch],
+)
+def test_a_bug_in_a_training_loop_keeps_its_traceback(module, tmp_path, monkeypatch):
+    def bug(loss, logits, labels):
+        raise ValueError("shapes (3,) and (4,) not aligned")
+
+    monkeypatch.setattr(SoftmaxCrossEntropy, "forward", bug)
+    with pytest.raises(ValueError, match="not aligned") as raised:
+        module.main(["--quick", "--out", str(tmp_path / "out")])
+    assert not isinstance(raised.value, UserError)
 
 
 @needs_mnist

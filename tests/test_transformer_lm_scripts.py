@@ -195,7 +195,8 @@ def test_a_mistake_gets_one_line(runs_dir, texts, tmp_path, fails):
     assert "--vocab-size 100" in fails(prepare_data, ["--dataset", texts, "--vocab-size", 100, "--out", out], out)
     given = [*TRAIN, "--out", out, "--data", folder / "prepare_data"]
     assert "fewer than --context 9999" in fails(train, [*given, "--context", 9999], out)
-    assert "must be even" in fails(train, [*given, "--d-model", 15])
+    assert "must be even" in fails(train, [*given, "--d-model", 15], out)
+    assert "must be even" in fails(train, [*given, "--modern", "--head-dim", 3], out)
     made = r"`python transformer_lm/prepare_data.py --runs-dir"
     assert made in fails(train, [*TRAIN, "--runs-dir", tmp_path / "none", "--out", out])
     assert "cannot read" in fails(train, [*TRAIN, "--data", tmp_path, "--out", out])

@@ -124,6 +124,30 @@ def test_a_study_of_another_text_takes_nothing_from_the_one_before(studied, text
     assert (out / "train_400_0.01_1" / "metrics.json").stat().st_mtime > (out / "config.json").stat().st_mtime
 
 
-def test_a_vocabulary_below_the_bytes_gets_one_line(texts, tmp_path, fails):
-    given = [*flags_of(texts, tmp_path / "out"), "--vocab-sizes", "100"]
-    assert "--vocab-size 100" in fails(vocab_study, given)
+def test_a_rate_that_diverges_is_out_and_the_study_goes_on(texts, tmp_path, fails):
+    given = ["--vocab-sizes", "261", "--seeds", "0", "--lrs", "1e30"]
+    said = fails(vocab_study, [*flags_of(texts, tmp_path / "all"), *given])
+    assert "261 tokens: the loss is not finite at any of --lrs; try lower ones" in said
+    found = vocab_study.main([*flags_of(texts, tmp_path / "one"), *given, "0.01"])["sizes"][0]
+    assert found["lr"] == 0.01
+    assert 0 < found["test_bits_per_byte"] < 10
+    lost = (tmp_path / "one" / "history.csv").read_text(encoding="utf-8").splitlines()[1]
+    assert lost.startswith("261,261,1e+30,0,4,0,0,0,inf,inf,")
+
+
+@pytest.mark.parametrize(
+    ("typo", "said"),
+    [
+        (["--vocab-sizes", "400", "100"], "--vocab-sizes 100: the bytes and special tokens alone are 261"),
+        (["--dataset", "boks"], "boks"),
+        (["--device", "cud"], "cud"),
+    ],
+)
+def test_a_typo_gets_one_line_and_leaves_the_study_before_as_it_was(typo, said, texts, tmp_path, fails):
+    out = tmp_path / "out"
+    kept = [out / "train_400_0.01_0" / "metrics.json", out / "metrics.json", out / "config.json", out / "history.csv"]
+    kept[0].parent.mkdir(parents=True)
+    for path in kept:
+        path.write_text("earlier", encoding="utf-8")
+    assert said in fails(vocab_study, [*flags_of(texts, out), *typo])
+    assert [path.read_text(encoding="utf-8") for path in kept] == ["earlier"] * 4

@@ -78,20 +78,21 @@ def test_the_dtype_of_the_images_changes_nothing(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_bad_images_are_one_line(name):
+def test_bad_images_are_refused(name):
     x = tree_images(50)
     model = fitted(name, x)
     for value in (0.5, 255, -1, np.nan):
         bad = x.copy()
         bad[3, 2] = value
         for refused in (model.log_likelihood, lambda bad: fitted(name, bad)):
-            with pytest.raises(UserError, match=r"^the images must be binary .*$"):
+            with pytest.raises(ValueError, match=r"^the images must be binary .*$") as error:
                 refused(bad)
+            assert error.type is ValueError
     for bad in (x[:, :-1], x[0], x[None], x[:0]):
-        with pytest.raises(UserError, match=r"^the images must be of shape \(N, 8\), .*$"):
+        with pytest.raises(ValueError, match=r"^the images must be of shape \(N, 8\), .*$"):
             model.log_likelihood(bad)
     for bad in (x[0], x[:0], x[:, :0]):
-        with pytest.raises(UserError, match=r"^the images must be of shape \(N, D\), .*$"):
+        with pytest.raises(ValueError, match=r"^the images must be of shape \(N, D\), .*$"):
             fitted(name, bad)
 
 
@@ -289,8 +290,9 @@ def test_the_classifier_refuses_other_images():
         (np.full((3, 14, 14), 255), "binary"),
         (np.full((3, 196), np.nan), "binary"),
     ):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(ValueError, match=message) as error:
             class_probabilities(model, bad)
+        assert error.type is ValueError
 
 
 needs_mnist = pytest.mark.skipif(not (ROOT / "data/MNIST/raw").is_dir(), reason="data/MNIST/raw is not there")

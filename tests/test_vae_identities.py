@@ -193,10 +193,11 @@ def test_everything_is_made_on_the_models_device(device, monkeypatch):
     assert model.iwae_bound(x, 5).device.type == device
 
 
-def test_too_few_images_for_any_mixture_is_one_line(runs_dir):
+def test_too_few_images_for_any_mixture_is_one_line_before_anything_is_written(runs_dir):
     flags = [*SAME, "--runs-dir", str(runs_dir), "--mixture-sizes", "190", "--out", str(runs_dir / "none")]
     with pytest.raises(UserError, match="--mixture-sizes"):
         evaluate.main(flags)
+    assert not (runs_dir / "none").exists()
 
 
 def test_terms_are_written_in_one_step(runs_dir):

@@ -142,9 +142,9 @@ def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
             raise UserError(f"{corpus.name} has {n} tokens in {name}, fewer than --context {args.context}")
     text = Text(corpus.parts["train"], args.context, tokens.start, device)
     val = torch.from_numpy(corpus.parts["val"].ids[: args.eval_tokens]).to(device)
-    run = start_run(args, writes=world.is_main)
     seed_everything(args.seed)
     model = TransformerLM(tokens.vocab_size, **{name: getattr(args, name) for name in SIZES}).to(device)
+    run = start_run(args, writes=world.is_main)
     config = {**model.config, "tokens": tokens.kind, "data": corpus.fingerprint}
     ddp = wrap(model, world)
     network = torch.compile(ddp) if args.compile else ddp  # what is trained; `model` holds its weights
@@ -187,10 +187,12 @@ def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
             continue
         train_loss = (total(loss_sum, world) / count_sum).item()
         lr = args.lr * share_of_rate(args, update)
-        check_finite(train_loss, done, lr, "--lr or --muon-lr" if args.optimizer == "muon" else "--lr")
+        flag = "--lr or --muon-lr" if args.optimizer == "muon" else "--lr"
+        check_finite(train_loss, done, lr, flag)
         learned += count_sum.item()
         seconds += time.perf_counter() - started
         val_loss = losses_of_text(model, val, tokens.start, args.amp).mean().item()
+        check_finite(val_loss, done, lr, flag)  # the last update may be the one too many
         row = {"update": done, "lr": lr, "train_loss": train_loss, "val_loss": val_loss}
         run.log(**row, tokens=learned, seconds=round(seconds, 1))
         if world.is_main:

@@ -11,10 +11,10 @@ operations of `--updates` updates at the middle of the sizes; for a token
     operations ≈ 6 · (weights of all products: blocks, output) + 12 · layers · heads · head width · context
 
 forward and backward. Each size has the better of the rates `--lrs` on the validation text, on which the best size is
-chosen too; its bits per byte are those of the test text, the same text for all. They are measured in windows that move
-on by a quarter: all see about as many tokens, which for a small vocabulary is less of the text. Beside them stand
-Kneser-Ney over the same tokens, and the part of the drawn words that are words of the training text. 261 tokens are
-the bytes alone.
+chosen too, and a rate that diverges is out; its bits per byte are those of the test text, the same text for all. They
+are measured in windows that move on by a quarter: all see about as many tokens, which for a small vocabulary is less of
+the text. Beside them stand Kneser-Ney over the same tokens, and the part of the drawn words that are words of the
+training text. 261 tokens are the bytes alone.
 
 Writes data_SIZE/ (as prepare_data.py), train_SIZE_LR_SEED/ (as train.py), vocab_study.png, history.csv, metrics.json.
 With --resume a study that was stopped goes on where it was.
@@ -30,13 +30,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared_utils.cli import make_parser, non_negative_int, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
+from shared_utils.data import load_text
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
-from shared_utils.runs import Run, start_run
+from shared_utils.runs import Diverged, Run, start_run
 from transformer_lm import prepare_data, train
 from transformer_lm.baselines import share_known, words_of
 from transformer_lm.batches import sliding_losses
+from transformer_lm.bpe import SMALLEST
 from transformer_lm.checkpoints import load_model
 from transformer_lm.corpus import Corpus, Part, load
 from transformer_lm.model import TransformerLM
@@ -44,6 +46,8 @@ from transformer_lm.ngram import KneserNey
 
 NEAR = 0.005  # sizes whose bits on validation differ by less are called as good
 DRAWN = (20, 100)  # texts, and tokens of each, from which known words are counted
+KEPT = ("parameters", "learned_tokens", "training_seconds")  # of train.py's metrics
+LOST = {"val_bits_per_byte": math.inf, "test_bits_per_byte": math.inf, "known_words": 0.0}  # at a rate that diverges
 
 
 def build_parser():
@@ -67,6 +71,10 @@ def build_parser():
 def main(argv=None) -> dict:
     """Prepare, train and measure every size; returns the metrics."""
     args = build_parser().parse_args(argv)
+    if (size := min(args.vocab_sizes)) < SMALLEST:
+        raise UserError(f"--vocab-sizes {size}: the bytes and special tokens alone are {SMALLEST}")
+    pick_device(args.device)  # before start_run, as load_text: a name that is not there takes no earlier study away
+    load_text(args.dataset, args.data_dir)
     run = start_run(args)
     if not args.resume:
         for folder in [*run.folder.glob("data_*"), *run.folder.glob("train_*")]:  # an earlier study's
@@ -76,16 +84,22 @@ def main(argv=None) -> dict:
     costs = {size: operations_per_token(real, args.quick) for size, real in sizes.items()}
     budget = args.updates * costs[list(sizes)[len(sizes) // 2]]
     done = {(int(row["asked"]), float(row["lr"]), int(row["seed"])) for row in run.history()}
+    table = []
     for size, corpus in corpora.items():
+        updates = max(1, round(budget / costs[size]))
         for lr, seed in product(dict.fromkeys(args.lrs), dict.fromkeys(args.seeds)):
             if (size, lr, seed) in done:
                 continue
             folder = run.path(f"train_{size}_{lr:g}_{seed}")
-            trained = trained_in(folder, max(1, round(budget / costs[size])), lr, seed, run.path(f"data_{size}"), args)
-            found = measured(folder, corpus, args.seed, args.device)
+            try:
+                trained = trained_in(folder, updates, lr, seed, run.path(f"data_{size}"), args)
+                found = measured(folder, corpus, args.seed, args.device)
+            except Diverged as error:
+                print(f"{size} tokens, seed {seed}: {error}", flush=True)
+                trained, found = {"updates": updates, **dict.fromkeys(KEPT, 0)}, LOST
             run.log(asked=size, vocab_size=sizes[size], lr=lr, seed=seed, **trained, **found)
-    rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
-    table = [summary([row for row in rows if row["asked"] == size], corpus) for size, corpus in corpora.items()]
+        rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
+        table.append(summary([row for row in rows if row["asked"] == size], corpus))
     outcome = findings(table, args.lrs)
     read = args.batch_size * _default(args.quick).context
     save_figure(draw(table, outcome, budget * read, next(iter(corpora.values())).name), run.path("vocab_study.png"))
@@ -120,8 +134,7 @@ def trained_in(folder: Path, updates: int, lr: float, seed: int, data: Path, arg
     flags += ["--batch-size", args.batch_size, "--sample-tokens", 20, "--data", data, "--out", folder, "--seed", seed]
     flags += ["--device", args.device, *(["--quick"] if args.quick else []), *(["--resume"] if args.resume else [])]
     metrics = train.main([str(flag) for flag in flags])
-    kept = ("parameters", "learned_tokens", "training_seconds")
-    return {"updates": updates, **{name: metrics[name] for name in kept}}
+    return {"updates": updates, **{name: metrics[name] for name in KEPT}}
 
 
 def measured(folder: Path, corpus: Corpus, seed: int, device: str) -> dict:
@@ -145,15 +158,20 @@ def bits_per_byte(losses: np.ndarray, part: Part) -> float:
 
 
 def summary(rows: list[dict], corpus: Corpus) -> dict:
-    """A size at the rate that is best on validation: its means over the seeds, and Kneser-Ney's of five tokens."""
-    lrs = {row["lr"] for row in rows}
+    """A size at the rate that is best on validation: its means over the seeds, and Kneser-Ney's of five tokens.
+
+    Errors: `UserError` when a training diverged at every rate.
+    """
+    lrs, tokens = {row["lr"] for row in rows}, corpus.tokens
     by_lr = {lr: [row for row in rows if row["lr"] == lr] for lr in sorted(lrs)}
     mean = {
         lr: {name: float(np.mean([row[name] for row in found])) for name in found[0] if name not in ("seed", "asked")}
         for lr, found in by_lr.items()
     }
     best = min(mean.values(), key=lambda row: row["val_bits_per_byte"])
-    part, test, tokens = corpus.parts["train"], corpus.parts["test"], corpus.tokens
+    if not math.isfinite(best["val_bits_per_byte"]):
+        raise UserError(f"{tokens.vocab_size} tokens: the loss is not finite at any of --lrs; try lower ones")
+    part, test = corpus.parts["train"], corpus.parts["test"]
     ngram = KneserNey(part.ids, tokens.vocab_size, 5, tokens.start).losses(test.ids)
     return {
         **best,

@@ -5,7 +5,7 @@
     BernoulliMixture        p(x) = Σ_k π_k Π_i p(x_i | k)                a discrete latent with K values
 
 Each has `fit(x)`, `log_likelihood(x)` in nats per image, float64 (N,), and `sample(n, rng)`, uint8 (n, D) of 0 and 1.
-Images are (N, D), of 0 and 1 in any dtype; others are refused with `UserError`. A count of zero must not become a
+Images are (N, D), of 0 and 1 in any dtype; others are refused with `ValueError`. A count of zero must not become a
 probability of zero, which no image could ever make good: all counts are smoothed, each class says how.
 Shapes: N images, D pixels, K components.
 """
@@ -212,10 +212,12 @@ def _smoothed_mean(x: np.ndarray) -> np.ndarray:
 
 
 def _checked(x: np.ndarray, width: int | None = None) -> np.ndarray:
-    """x as float64 (N, D). Errors: `UserError` when it is not of that shape, of another width, or not binary."""
+    """x as float64 (N, D). Errors: `ValueError` when it is not of that shape, of another width, or not binary."""
     x = np.asarray(x)
     if x.ndim != 2 or 0 in x.shape or (width is not None and x.shape[1] != width):
-        raise UserError(f"the images must be of shape (N, {width or 'D'}), at least one, got {x.shape}")
+        raise ValueError(f"the images must be of shape (N, {width or 'D'}), at least one, got {x.shape}")
     if not ((x == 0) | (x == 1)).all():
-        raise UserError("the images must be binary (0 or 1): a Bernoulli's likelihood of a grey pixel is no likelihood")
+        raise ValueError(
+            "the images must be binary (0 or 1): a Bernoulli's likelihood of a grey pixel is no likelihood"
+        )
     return x.astype(np.float64)

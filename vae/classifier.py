@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_utils.cli import UserError
 from shared_utils.data import minibatches
 from vae.inputs import SIDE
 
@@ -55,7 +54,7 @@ def train_classifier(
     """Train on images x (of 0 and 1) and labels y (N,), whole numbers below n_classes; returns it in evaluation mode.
 
     The order of the images and how they are bent come from rng, the first weights from PyTorch's generator.
-    Errors: `UserError` when the images are not binary or not 14×14.
+    Errors: `ValueError` when the images are not binary or not 14×14.
     """
     x, y = _images(x).to(device), torch.as_tensor(y).to(device)
     # Channels last: the same numbers, and the convolutions take three quarters of the time on a CPU.
@@ -86,7 +85,7 @@ def _images(x: np.ndarray) -> Tensor:
     """float32 (N, 1, 14, 14) on the CPU."""
     x = torch.as_tensor(np.asarray(x))
     if x.ndim < 2 or x[0].numel() != SIDE * SIDE:
-        raise UserError(f"the classifier needs images of {SIDE}×{SIDE} pixels, got the shape {tuple(x.shape)}")
+        raise ValueError(f"the classifier needs images of {SIDE}×{SIDE} pixels, got the shape {tuple(x.shape)}")
     if not ((x == 0) | (x == 1)).all():
-        raise UserError("the classifier needs binary images (0 or 1), as it was trained on")
+        raise ValueError("the classifier needs binary images (0 or 1), as it was trained on")
     return x.float().reshape(-1, 1, SIDE, SIDE)

@@ -168,11 +168,11 @@ def main(argv=None) -> dict:
     device = pick_device(args.device)
     model = load_model(args, device)
     data = load_binary(args)
-    run = start_run(args)
-    rng = seed_everything(args.seed)
     sizes = [size for size in dict.fromkeys(args.mixture_sizes) if size <= 0.8 * len(data.x_train)]
     if not sizes:
         raise UserError(f"--mixture-sizes: {len(data.x_train)} training images are too few for any of these sizes")
+    run = start_run(args)
+    rng = seed_everything(args.seed)
 
     started = time.perf_counter()
     x_test = data.x_test[: args.images]

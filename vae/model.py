@@ -93,7 +93,7 @@ class VAE(nn.Module):
         """The two terms of the bound, in nats per image: (reconstruction (B,), kl (B,)); ELBO = reconstruction − kl.
 
         x: (B, D) of 0 and 1. The reconstruction E_q log p(x|z) is a mean over n_samples draws, the KL is exact.
-        Errors: `UserError` when x is not binary or has another number of pixels.
+        Errors: `ValueError` when x is not binary or has another number of pixels.
         """
         self._check_images(x)
         mu, log_var = self.encode(x)
@@ -133,9 +133,9 @@ class VAE(nn.Module):
 
     def _check_images(self, x: Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self.x_dim:
-            raise UserError(f"the images must be of shape (B, {self.x_dim}), got {tuple(x.shape)}")
+            raise ValueError(f"the images must be of shape (B, {self.x_dim}), got {tuple(x.shape)}")
         if not ((x == 0) | (x == 1)).all():
-            raise UserError(
+            raise ValueError(
                 "the images must be binary (0 or 1): a Bernoulli's likelihood of a grey pixel is no likelihood"
             )
 
