@@ -10,7 +10,6 @@ Writes speed.png, metrics.json.
 Shapes: N images, B batch, 784 pixels.
 """
 
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -22,7 +21,7 @@ from autoencoder.layers import GELU, BatchNorm1d, Linear, Sigmoid
 from autoencoder.models import Autoencoder
 from autoencoder.optimizers import AdamW
 from shared_utils.cli import make_parser, positive_int, run_main
-from shared_utils.device import autocast, cpu_threads, pick_device
+from shared_utils.device import autocast, cpu_threads, pick_device, seconds_of
 from shared_utils.gradcheck import relative_error
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -100,15 +99,6 @@ def epoch_by_autograd(network: nn.Module, x: Tensor, batch_size: int, amp: bool)
             optimizer.step()
 
     return epoch
-
-
-def seconds_of(call: Callable, device: torch.device) -> float:
-    """How long one call takes; a GPU's work is waited for."""
-    started = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def main(argv=None) -> dict:

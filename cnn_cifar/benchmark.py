@@ -32,7 +32,7 @@ from cnn_cifar.augment import random_color_jitter, random_crop, random_flip
 from cnn_cifar.inputs import Split, add_data_flags, load, pixels
 from cnn_cifar.models import allcnn_t, get_param_groups
 from shared_utils.cli import make_parser, non_negative_int, positive_int, run_main
-from shared_utils.device import autocast, pick_device
+from shared_utils.device import autocast, pick_device, synchronize
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
@@ -132,14 +132,6 @@ def seconds_of(source: Iterator, batches: int, use: Callable, skip: int, device:
         use(*next(source))
     synchronize(device)
     return time.perf_counter() - started
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was asked."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def gpu_busy(source: Iterator, batches: int, use: Callable, device: torch.device) -> float:

@@ -164,7 +164,8 @@ def draw_all(
     args: has `batch_size` and `amp`. how: `eta`, `guidance`; without them 0 and 1.
     """
     found, started, side = [], time.perf_counter(), model.config["size"]
-    for first in tqdm(range(0, len(labels), args.batch_size), desc=f"{NAMES[sampler]}, {steps} steps", unit="batch"):
+    about = {"desc": f"{NAMES[sampler]}, {steps} steps", "unit": "batch", "disable": None}  # on a terminal alone
+    for first in tqdm(range(0, len(labels), args.batch_size), **about):
         some = torch.from_numpy(labels[first : first + args.batch_size]).to(device)
         denoiser = guided(model, None if (some < 0).any() else some, how.get("guidance", 1.0))
         shape = (len(some), model.config["image_channels"], side, side)

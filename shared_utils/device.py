@@ -1,6 +1,7 @@
 """Where the tensors live, and bfloat16 where it pays."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -31,6 +32,23 @@ def autocast(device: torch.device, enabled: bool = True) -> torch.autocast:
     two, and three together with `memory_format=torch.channels_last`, for a convolution.
     """
     return torch.autocast(device_type=device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was asked; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """How long one call takes, with what it makes a GPU do."""
+    synchronize(device)
+    started = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - started
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -213,6 +214,19 @@ def test_cpu_threads_holds_inside_alone():
     with device.cpu_threads(1):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+def test_the_seconds_of_a_call_are_taken_around_it():
+    assert 0.02 <= device.seconds_of(lambda: time.sleep(0.02), torch.device("cpu")) < 1
+
+
+def test_a_gpus_work_is_waited_for_on_both_sides(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: said.append("mps"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("cuda"))
+    for kind in ("mps", "cuda", "cpu"):
+        device.seconds_of(lambda: said.append("call"), torch.device(kind))
+    assert said == ["mps", "call", "mps", "cuda", "call", "cuda", "call"]
 
 
 @pytest.mark.slow

@@ -10,14 +10,13 @@ Writes speed.png, metrics.json.
 Shapes: B batch, S samples of the latent, G grid points.
 """
 
-import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from shared_utils.cli import make_parser, positive_int, run_main
-from shared_utils.device import cpu_threads, pick_device
+from shared_utils.device import cpu_threads, pick_device, seconds_of
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
@@ -38,15 +37,8 @@ def build_parser():
 
 
 def least_seconds(call: Callable, repeats: int, device: torch.device) -> float:
-    """The least time of `repeats` calls, after one to warm up; a GPU's work is waited for."""
-    found = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - started)
-    return min(found[1:])
+    """The least time of `repeats` calls, after one to warm up."""
+    return min([seconds_of(call, device) for _ in range(repeats + 1)][1:])
 
 
 def products(model: VAE, encoded: int, decoded: int) -> float:
