@@ -23,12 +23,10 @@ Shapes: N images, 784 pixels, K numbers of the code.
 """
 
 import argparse
-import csv
 import itertools
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import joblib
 import numpy as np
@@ -52,7 +50,7 @@ from shared_utils.cli import (
 )
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, curves, image_grid, new_figure, save_figure
-from shared_utils.runs import replacing, start_run
+from shared_utils.runs import start_run, write_csv
 
 FINE = 7  # pixels: a pattern of stripes is finer, a sleeve is not
 FACTORS = ("enc_dims", "activation", "init", "batchnorm", "lr", "weight_decay", "noise", "code_noise")
@@ -137,7 +135,7 @@ def main(argv=None) -> dict:
     for recipe, (found, _) in zip(rest, parallel(fit_one(recipe, args.seed) for recipe in rest), strict=True):
         run.log(**as_row(recipe, found))
     rows = [{**row, **{name: float(row[name]) for name in NUMBERS}} for row in run.history()]
-    write_csv(rows, run.path("grid.csv"))
+    write_csv(run.path("grid.csv"), sorted(rows, key=lambda row: row["val_recon"]))  # best first
     best = min(range(len(grid)), key=lambda i: rows[i]["val_recon"])
 
     final = replace(grid[best], epochs=args.final_epochs)
@@ -252,14 +250,6 @@ def as_row(recipe: Recipe, found: Fit) -> dict:
         "epochs": len(found.rows),
         "seconds": found.seconds,
     }
-
-
-def write_csv(rows: list[dict], path: Path) -> None:
-    """The grid, best first."""
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: row["val_recon"]))
 
 
 def draw_losses(found: Fit, recipe: Recipe, test_recon: float, pca_recon: float, about: str):

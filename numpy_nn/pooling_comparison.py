@@ -19,7 +19,6 @@ Writes curves.png, comparison.csv, history.csv and metrics.json. Source: Boureau
 Shapes: B batch, C channels, H W pixels, K classes.
 """
 
-import csv
 import itertools
 import math
 import time
@@ -36,7 +35,7 @@ from numpy_nn.optimizers import Adam
 from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
 from shared_utils.data import minibatches, stratified_order
 from shared_utils.plotting import COLORS, mean_std, new_figure, save_figure
-from shared_utils.runs import replacing, start_run
+from shared_utils.runs import start_run, write_csv
 from shared_utils.stats import mcnemar, wilson_interval
 from shared_utils.stats import mean_std as mean_and_std
 
@@ -161,10 +160,7 @@ def main(argv=None) -> dict:
 
     lists = ("first_seed_interval", "lr_grid", "lr_val_losses")  # in metrics.json alone
     table = [{"variant": v, **{k: x for k, x in row.items() if k not in lists}} for v, row in variants.items()]
-    with replacing(run.path("comparison.csv")) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(run.path("comparison.csv"), table)
     for row in table:
         spread = f"{100 * row['test_accuracy']:.2f} ± {100 * row['test_accuracy_std']:.2f} %"
         print(

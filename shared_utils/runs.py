@@ -56,6 +56,14 @@ def write_json(path: str | Path, value: dict) -> None:
         beside.write_text(text + "\n", encoding="utf-8")
 
 
+def write_csv(path: str | Path, rows: list[dict]) -> None:
+    """Write `rows`, at least one and all with the same keys, as a table below a header, in one step."""
+    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def read_json(path: str | Path) -> dict:
     """Read a JSON file. Errors: `UserError` that names the file when it is missing or damaged."""
     try:
