@@ -172,7 +172,7 @@ def train(args, world) -> dict:
     _, test_accuracy = loss_and_accuracy(model, data.test, args.amp)
     low, high = wilson_interval(round(test_accuracy * len(data.test)), len(data.test))
 
-    rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
+    rows = run.numbers()
     history = {name: [row[name] for row in rows] for name in rows[0]}
     about = f"{data.title}, All-CNN {args.c1}-{args.c2}"
     write_json(run.path("training_curves.json"), history)

@@ -145,10 +145,9 @@ def augmented(x: Tensor, arm: str, generator: Generator) -> Tensor:
 
 def trained(arm: str, seed: int, data: Data, args, run: Run) -> dict:
     """The row of history.csv of one training, which is made unless it is there."""
-    key = {"arm": arm, "seed": str(seed)}
-    for row in run.history():
-        if key.items() <= row.items():
-            return row
+    key = {"arm": arm, "seed": seed}
+    if row := run.row(**key):
+        return row
     started = time.perf_counter()
     network, loss = fit(arm, seed, data, args)
     seconds = time.perf_counter() - started

@@ -144,7 +144,7 @@ def main(argv=None) -> dict:
 def trained(name: str, seed: int, weights: dict[str, Tensor] | None, data: Data, args, run: Run) -> dict:
     """What <model>_<seed>.npz holds of a training, which is made unless history.csv has it."""
     path = run.path(f"{name}_{seed}.npz")
-    if any((row["model"], row["seed"]) == (name, str(seed)) for row in run.history()):
+    if run.row(model=name, seed=seed):
         return load_arrays(path, KEPT)
     seed_everything(seed)  # the network's first weights
     network = build(name, len(data.classes), weights).to(data.train.x.device, memory_format=torch.channels_last)

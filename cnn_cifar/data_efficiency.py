@@ -127,7 +127,7 @@ def network_of(arm: str, num_classes: int) -> nn.Module:
 def trained(arm: str, size: int, seed: int, data: Data, args: argparse.Namespace, run: Run) -> dict:
     """What the .npz of a training holds, which is made unless history.csv has it."""
     path = run.path(f"{arm.lower().replace(', ', '_').replace(' ', '_')}_{size}_{seed}.npz")
-    if any((row["arm"], row["images"], row["seed"]) == (arm, str(size), str(seed)) for row in run.history()):
+    if run.row(arm=arm, images=size, seed=seed):
         return load_arrays(path, ("chosen", "seconds"))
     name, strong = ARMS[arm]
     order = stratified_order(data.train.y.cpu().numpy(), np.random.default_rng(seed))[:size]

@@ -105,10 +105,9 @@ def main(argv=None) -> dict:
 
 def trained(recipe: Recipe, rung: str, seed: int, data: Data, run: Run) -> dict:
     """The row of history.csv of one training, which is made unless it is there."""
-    key = {"rung": rung, "seed": str(seed), "sgd_lr": str(recipe.sgd_lr)}
-    for row in run.history():
-        if key.items() <= row.items():
-            return row
+    key = {"rung": rung, "seed": seed, "sgd_lr": recipe.sgd_lr}
+    if row := run.row(**key):
+        return row
     seed_everything(seed)
     started = time.perf_counter()
     training = FastTraining(recipe, data.train, len(data.classes), seed, amp=True)

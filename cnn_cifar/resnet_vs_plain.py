@@ -141,9 +141,9 @@ def convolutions(network: nn.Module) -> list[nn.Parameter]:
 
 def train(depth: int, kind: str, lr: float, seed: int, data: Data, args, run: Run) -> dict:
     """Train one network unless that is done: its accuracies, train_loss, seconds, norms (U, L), losses (U,)."""
-    key = {"depth": str(depth), "kind": kind, "lr": str(lr), "seed": str(seed)}
+    key = {"depth": depth, "kind": kind, "lr": lr, "seed": seed}
     path = run.path(f"depth_{depth}_{kind}_{lr:g}_{seed}.npz")
-    row = next((row for row in run.history() if key.items() <= row.items()), None)
+    row = run.row(**key)
     if row is None:
         started = time.perf_counter()
         network, norms, losses = fit(depth, kind, lr, seed, data, args)

@@ -195,10 +195,9 @@ def pretrained(source: Data, args: argparse.Namespace, run: Run) -> tuple[dict[s
 
 def trained(way: str, count: int, seed: int, lr: float, given: dict[str, Tensor], data: Data, args, run: Run) -> dict:
     """The row of history.csv of one training, which is made unless it is there. data: of features for a frozen one."""
-    key = {"way": way, "labels": str(count), "seed": str(seed), "lr": str(lr)}
-    for row in run.history():
-        if key.items() <= row.items():
-            return row
+    key = {"way": way, "labels": count, "seed": seed, "lr": lr}
+    if row := run.row(**key):
+        return row
     started = time.perf_counter()
     device = data.train.y.device
     chosen = stratified_order(data.train.y.cpu().numpy(), np.random.default_rng(seed))[:count]

@@ -251,7 +251,7 @@ def finish(
     args: argparse.Namespace, run: Run, model: UNet, losses: Tensor, levels: Tensor, seconds: float, data: Data
 ) -> dict:
     """The figure and the metrics."""
-    rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
+    rows = run.numbers()
     size = sum(p.numel() for p in model.parameters())
     about = f"{data.title}, {size:,} parameters, {args.schedule} schedule, T = {args.timesteps}"
     save_figure(draw_losses(losses.numpy(), levels.numpy(), rows, args, about), run.path("loss_plot.png"))

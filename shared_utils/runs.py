@@ -154,6 +154,18 @@ class Run:
         header, rows = _read_history(self.path("history.csv"))
         return [dict(zip(header, row, strict=True)) for row in rows]
 
+    def numbers(self) -> list[dict[str, float]]:
+        """`history()` as numbers. Errors: `ValueError` when a column is not of numbers."""
+        return [{name: float(value) for name, value in row.items()} for row in self.history()]
+
+    def row(self, **key) -> dict[str, str] | None:
+        """The first row of `history()` in which the columns `key` have these values, or None: say `arm="none", seed=0`.
+
+        A study so leaves out the trainings that an earlier process has done.
+        """
+        wanted = {name: str(value) for name, value in key.items()}
+        return next((row for row in self.history() if wanted.items() <= row.items()), None)
+
     def rewind(self, rows: int) -> None:
         """Keep the first `rows` rows of `history.csv`: a resumed run writes those after its checkpoint again.
 

@@ -226,7 +226,7 @@ def finish(
     with replacing(run.path("samples.txt")) as beside:
         texts = [sample(model, corpus, args).encode("utf-8", "replace").decode() for _ in range(3)]
         beside.write_text("\n\n---\n\n".join(texts) + "\n", encoding="utf-8")
-    rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
+    rows = run.numbers()
     val = corpus.parts["val"]
     size = sum(p.numel() for p in model.parameters())
     ids = val.ids[: args.eval_tokens]

@@ -75,16 +75,15 @@ def main(argv=None) -> dict:
     sizes = {size: corpus.tokens.vocab_size for size, corpus in corpora.items()}  # a short text has fewer than asked
     costs = {size: operations_per_token(real, args.quick) for size, real in sizes.items()}
     budget = args.updates * costs[list(sizes)[len(sizes) // 2]]
-    done = {(int(row["asked"]), float(row["lr"]), int(row["seed"])) for row in run.history()}
     for size, corpus in corpora.items():
         for lr, seed in product(dict.fromkeys(args.lrs), dict.fromkeys(args.seeds)):
-            if (size, lr, seed) in done:
+            if run.row(asked=size, lr=lr, seed=seed):
                 continue
             folder = run.path(f"train_{size}_{lr:g}_{seed}")
             trained = trained_in(folder, max(1, round(budget / costs[size])), lr, seed, run.path(f"data_{size}"), args)
             found = measured(folder, corpus, args.seed, args.device)
             run.log(asked=size, vocab_size=sizes[size], lr=lr, seed=seed, **trained, **found)
-    rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
+    rows = run.numbers()
     table = [summary([row for row in rows if row["asked"] == size], corpus) for size, corpus in corpora.items()]
     outcome = findings(table, args.lrs)
     read = args.batch_size * _default(args.quick).context
