@@ -31,7 +31,7 @@ from cnn_cifar.inputs import Data, Split, load
 from cnn_cifar.vit import ViT
 from cnn_cifar.zoo import OURS
 from shared_utils.checkpoint import load_arrays, save_arrays
-from shared_utils.cli import UserError, make_parser, positive_int, run_main, seed_number
+from shared_utils.cli import UserError, at_least, make_parser, positive_int, run_main, seed_number
 from shared_utils.data import stratified_order
 from shared_utils.device import pick_device
 from shared_utils.plotting import line_style, new_figure, save_figure
@@ -60,9 +60,9 @@ def build_parser():
     """The command line."""
     quick = {"sizes": [32, 64], "epochs": 1, "least_updates": 2, "batch_size": 32, "seeds": [0, 1]}
     parser = make_parser(__doc__, quick=quick)
-    parser.add_argument("--batch-size", type=positive_int, default=64, help="images per update, at most")
+    parser.add_argument("--batch-size", type=at_least(2), default=64, help="images per update, at most")
     counts = "images to learn from, of all classes together"
-    parser.add_argument("--sizes", type=positive_int, nargs="+", default=[100, 1000, 10000, 60000], help=counts)
+    parser.add_argument("--sizes", type=at_least(2), nargs="+", default=[100, 1000, 10000, 60000], help=counts)
     parser.add_argument("--epochs", type=positive_int, default=2, help="passes over the images")
     least = "updates when so few images would give fewer: they are then passed over more often"
     parser.add_argument("--least-updates", type=positive_int, default=400, help=least)
@@ -78,8 +78,6 @@ def main(argv=None) -> dict:
     if len(set(args.seeds)) < max(2, len(args.seeds)):
         raise UserError("--seeds: an interval needs at least two seeds, each given once")
     device = pick_device(args.device)
-    if min(args.batch_size, *args.sizes) < 2:
-        raise UserError("--batch-size and --sizes: at least two images, BatchNorm learns from how they differ")
     flags = argparse.Namespace(**{**vars(args), "val_size": 0, "batch_size": 1})
     data = load(flags, device, shape=(1, 28, 28))
     sizes = sorted(set(args.sizes))

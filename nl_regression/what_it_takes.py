@@ -30,7 +30,7 @@ from nl_regression.model import EnsembleMLP
 from nl_regression.recipes import RECIPES, Recipe, points_of
 from nl_regression.results import FITS
 from nl_regression.target import deltas
-from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main
+from shared_utils.cli import at_least, make_parser, positive_float, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -109,7 +109,7 @@ def build_parser():
     """The command line."""
     quick = {"sizes": [10, 20, 40], "trials": 2, "epochs": 5, "width": 32}
     parser = make_parser(__doc__, dataset=None, quick=quick)
-    parser.add_argument("--sizes", type=positive_int, nargs="+", default=[32, 256, 1000], help="points, 2 or more")
+    parser.add_argument("--sizes", type=at_least(2), nargs="+", default=[32, 256, 1000], help="points, 2 or more")
     parser.add_argument("--trials", type=positive_int, default=2, help="networks of each size and rung")
     parser.add_argument(
         "--epochs",
@@ -126,8 +126,6 @@ def main(argv=None) -> dict:
     """Train every rung at every size, draw; returns the metrics."""
     args = build_parser().parse_args(argv)
     sizes = sorted(set(args.sizes))
-    if sizes[0] < 2:
-        raise UserError(f"--sizes {sizes[0]}: a network needs at least 2 points")
     device = pick_device(args.device)
     run = start_run(args)
     seed_everything(args.seed)

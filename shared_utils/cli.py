@@ -36,8 +36,12 @@ def _checked(convert: Callable, accept: Callable, wanted: str) -> Callable[[str]
     return value
 
 
-positive_int = _checked(int, lambda v: v > 0, "a whole number above 0")
-non_negative_int = _checked(int, lambda v: v >= 0, "a whole number, 0 or more")
+def at_least(n: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from n on."""
+    return _checked(int, lambda v: v >= n, f"a whole number, {n} or more")
+
+
+positive_int, non_negative_int = at_least(1), at_least(0)
 positive_float = _checked(float, lambda v: v > 0 and math.isfinite(v), "a finite number above 0")
 non_negative_float = _checked(float, lambda v: v >= 0 and math.isfinite(v), "a finite number, 0 or more")
 finite_float = _checked(float, math.isfinite, "a finite number")

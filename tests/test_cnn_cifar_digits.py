@@ -262,8 +262,8 @@ def test_a_study_that_cannot_be_made_gets_one_line(digits, tmp_path, fails):
         (["--seeds", 1], "an interval needs at least two seeds"),
         (["--seeds", 1, 1], "an interval needs at least two seeds"),
         (["--sizes", 61], "--sizes 61: there are 60 images to train on"),
-        (["--sizes", 1], "--batch-size and --sizes: at least two images"),
-        (["--batch-size", 1], "--batch-size and --sizes: at least two images"),
+        (["--sizes", 1], "--sizes: must be a whole number, 2 or more"),
+        (["--batch-size", 1], "--batch-size: must be a whole number, 2 or more"),
         (["--dataset", "shapes"], "28"),
     ):
         assert said in fails(data_efficiency, [*flags, *wrong], out)
