@@ -38,7 +38,7 @@ from cnn_cifar.checkpoints import NETWORKS, load_network
 from cnn_cifar.inputs import Data, Split, add_data_flags, load, loss_and_accuracy, pixels, share
 from cnn_cifar.models import get_param_groups
 from shared_utils import checkpoint
-from shared_utils.cli import UserError, make_parser, non_negative_float, positive_float, positive_int, run_main
+from shared_utils.cli import make_parser, non_negative_float, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import autocast, pick_device
 from shared_utils.plotting import COLORS, image_grid, line_style, new_figure, save_figure
@@ -98,8 +98,6 @@ def moved(network: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, gene
 def main(argv=None) -> dict:
     """Train both, attack both; returns the metrics."""
     args = build_parser().parse_args(argv)
-    if not args.val_size:
-        raise UserError("--val-size 0: the validation images choose the epoch, so there must be some")
     device = pick_device(args.device)
     data = load(args, device)
     run = start_run(args)

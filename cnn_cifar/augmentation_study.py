@@ -41,7 +41,7 @@ from cnn_cifar.augment import (
 )
 from cnn_cifar.inputs import Data, Split, add_data_flags, check_study, load, pixels, resized, share
 from cnn_cifar.models import get_param_groups, pixel_resnet
-from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main, seed_number
+from shared_utils.cli import make_parser, positive_float, positive_int, run_main, seed_number
 from shared_utils.data import minibatches
 from shared_utils.device import autocast, pick_device
 from shared_utils.modes import evaluating
@@ -90,8 +90,6 @@ def main(argv=None) -> dict:
     """Train every arm from every seed; returns the metrics."""
     args = build_parser().parse_args(argv)
     check_study(args.resize, args.seeds)
-    if not args.val_size:
-        raise UserError("--val-size 0: the augmentations are compared on validation images, so there must be some")
     device = pick_device(args.device)
     data = load(args, device, args.train_size)
     run = start_run(args)

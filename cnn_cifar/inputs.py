@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_utils.cli import UserError, non_negative_int, positive_int
+from shared_utils.cli import UserError, at_least, positive_int
 from shared_utils.data import load_images, subset, train_val_split
 from shared_utils.device import autocast
 from shared_utils.modes import evaluating
@@ -44,10 +44,10 @@ class Data:
 
 
 def add_data_flags(parser: argparse.ArgumentParser, batch_size: int, val_size: int) -> None:
-    """The flags that `load` reads beside those of `make_parser`."""
+    """The flags that `load` reads beside those of `make_parser`; with a `val_size` above 0, 0 is refused."""
     parser.add_argument("--batch-size", type=positive_int, default=batch_size, help="images per update")
     held_out = "training images held out to choose by" + ("" if val_size else "; 0 trains on all of them")
-    parser.add_argument("--val-size", type=non_negative_int, default=val_size, help=held_out)
+    parser.add_argument("--val-size", type=at_least(min(val_size, 1)), default=val_size, help=held_out)
 
 
 def load(

@@ -73,8 +73,6 @@ def main(argv=None) -> dict:
     for flag, values, least in (("--depths", args.depths, 1), ("--seeds", args.seeds, 2)):
         if len(set(values)) < max(least, len(values)):
             raise UserError(f"{flag}: at least {least}, each given once")
-    if not args.val_size:
-        raise UserError("--val-size 0: the validation images choose the rate, so there must be some")
     device = pick_device(args.device)
     data = load(args, device, args.train_size)
     run = start_run(args)

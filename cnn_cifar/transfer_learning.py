@@ -94,8 +94,6 @@ def main(argv=None) -> dict:
     if min(args.batch_size, *args.labels) < 2:
         raise UserError("--batch-size and --labels: at least two images, BatchNorm learns from how they differ")
     check_study(args.resize, args.seeds)
-    if not args.val_size:
-        raise UserError("--val-size 0: the validation images choose the learning rate, so there must be some")
     device = pick_device(args.device)
     data = load(args, device, shape=None)
     if max(args.labels) > len(data.train):

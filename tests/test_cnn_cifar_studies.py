@@ -103,7 +103,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(module, stop_at, runs_dir, pictur
     ("module", "flags", "said"),
     [
         *((module, "--batch-size 0", "--batch-size") for module in FLAGS),
-        *((module, "--val-size 0", "--val-size 0: the ") for module in FLAGS),
+        *((module, "--val-size 0", "--val-size: must be") for module in FLAGS),
         (adversarial_training, "--eps -1", "--eps: must be"),
         (adversarial_training, "--steps 0", "--steps: must be"),
         (adversarial_training, "--model vgg", "invalid choice"),
