@@ -41,12 +41,12 @@ from autoencoder.pca import fit_pca
 from autoencoder.trained import VARIANTS, Trained, save_trained
 from shared_utils.cli import (
     UserError,
+    add_seeds,
     make_parser,
     non_negative_float,
     positive_float,
     positive_int,
     run_main,
-    seed_number,
 )
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, curves, image_grid, new_figure, save_figure
@@ -99,7 +99,7 @@ def build_parser():
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="sgd has momentum 0.9")
     parser.add_argument("--epochs", type=positive_int, default=8, help="of each combination")
     parser.add_argument("--final-epochs", type=positive_int, default=40, help="of the best combination")
-    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1], help="of the best combination")
+    add_seeds(parser, [0, 1], "of the best combination")
     parser.add_argument("--batch-size", type=positive_int, default=256, help="images per update")
     parser.add_argument(
         "--patience", type=positive_int, default=10, help="epochs without better validation error; then stop"
@@ -139,7 +139,7 @@ def main(argv=None) -> dict:
     best = min(range(len(grid)), key=lambda i: rows[i]["val_recon"])
 
     final = replace(grid[best], epochs=args.final_epochs)
-    seeds = list(dict.fromkeys(args.seeds))
+    seeds = args.seeds
     print(f"the best of {len(grid)}: {final}; now for {final.epochs} epochs, seeds {seeds}", flush=True)
     fits, weights = zip(*parallel(fit_one(final, seed) for seed in seeds), strict=True)
     chosen = min(range(len(fits)), key=lambda i: fits[i].val_recon)

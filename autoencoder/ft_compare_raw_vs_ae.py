@@ -35,13 +35,13 @@ from autoencoder.pca import fit_pca
 from autoencoder.trained import find_trained, load_trained
 from shared_utils.cli import (
     UserError,
+    add_seeds,
     fraction,
     make_parser,
     non_negative_float,
     positive_float,
     positive_int,
     run_main,
-    seed_number,
 )
 from shared_utils.data import minibatches, stratified_order
 from shared_utils.device import cpu_threads, pick_device
@@ -65,9 +65,7 @@ def build_parser():
     parser.add_argument("--ckpt-denoising", metavar="FILE", help="the denoising one (default: its --variant denoising)")
     few = [100, 300, 1000, 3000, 10000]
     parser.add_argument("--labels", type=positive_int, nargs="+", default=few, help="labelled images, beside all")
-    parser.add_argument(
-        "--seeds", type=seed_number, nargs="+", default=[0, 1, 2, 3, 4], help="draws of labels, weights"
-    )
+    add_seeds(parser, [0, 1, 2, 3, 4], "draws of labels, weights")
     parser.add_argument("--hidden", type=positive_int, nargs="+", default=[256, 128], help="the perceptron's layers")
     parser.add_argument("--dropout", type=fraction, default=0.2, help="after each hidden layer")
     parser.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="AdamW's decay")
@@ -279,7 +277,6 @@ def draw_labels(accuracies: dict, rows: list[dict], title: str):
 def main(argv=None) -> dict:
     """Train on every input and number of labels; returns the metrics."""
     args = build_parser().parse_args(argv)
-    args.seeds = list(dict.fromkeys(args.seeds))
     seed_everything(args.seed)
     data = load_pixels(args, pick_device(args.device))
     total = len(data.y_train)

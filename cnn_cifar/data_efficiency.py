@@ -31,7 +31,7 @@ from cnn_cifar.inputs import Data, Split, load
 from cnn_cifar.vit import ViT
 from cnn_cifar.zoo import OURS
 from shared_utils.checkpoint import load_arrays, save_arrays
-from shared_utils.cli import UserError, at_least, make_parser, positive_int, run_main, seed_number
+from shared_utils.cli import UserError, add_seeds, at_least, make_parser, positive_int, run_main
 from shared_utils.data import stratified_order
 from shared_utils.device import pick_device
 from shared_utils.plotting import line_style, new_figure, save_figure
@@ -66,7 +66,7 @@ def build_parser():
     parser.add_argument("--epochs", type=positive_int, default=2, help="passes over the images")
     least = "updates when so few images would give fewer: they are then passed over more often"
     parser.add_argument("--least-updates", type=positive_int, default=400, help=least)
-    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="other images, other starts")
+    add_seeds(parser, [0, 1, 2], "other images, other starts", least=2)
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16, with float32 parameters")
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that are missing")
     return parser
@@ -75,8 +75,6 @@ def build_parser():
 def main(argv=None) -> dict:
     """Train every arm on every size from every seed; returns the metrics."""
     args = build_parser().parse_args(argv)
-    if len(set(args.seeds)) < max(2, len(args.seeds)):
-        raise UserError("--seeds: an interval needs at least two seeds, each given once")
     device = pick_device(args.device)
     flags = argparse.Namespace(**{**vars(args), "val_size": 0, "batch_size": 1})
     data = load(flags, device, shape=(1, 28, 28))

@@ -21,7 +21,7 @@ import numpy as np
 
 from cnn_cifar.fast_training import INGREDIENTS, FastTraining, Recipe, accuracies
 from cnn_cifar.inputs import Data, add_data_flags, load
-from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main, seed_number
+from shared_utils.cli import add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import Run, start_run
@@ -40,9 +40,7 @@ def build_parser():
     parser.add_argument("--epochs", type=positive_int, default=4, help="passes over the training images")
     widths = {"type": positive_int, "nargs": 3, "default": [32, 64, 128], "metavar": "C"}
     parser.add_argument("--widths", **widths, help="channels of the three blocks")
-    parser.add_argument(
-        "--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="one training of each rung each"
-    )
+    add_seeds(parser, [0, 1, 2], "one training of each rung each", least=2)
     tried = {"type": positive_float, "nargs": "+", "default": [0.03, 0.1, 0.3, 1.0]}
     parser.add_argument("--sgd-lrs", **tried, help="SGD's rates, of which the best for the first seed is taken")
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
@@ -53,8 +51,6 @@ def main(argv=None) -> dict:
     """Train every rung from every seed; returns the metrics."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    if len(set(args.seeds)) < max(2, len(args.seeds)):
-        raise UserError("--seeds: an interval needs at least two seeds, each given once")
     data = load(args, device)
     run = start_run(args)
     without_all = Recipe(args.epochs, args.batch_size, tuple(args.widths), without=tuple(TRAINED))

@@ -79,14 +79,6 @@ def pixels(x: Tensor) -> Tensor:
     return (x / 255).contiguous(memory_format=torch.channels_last)
 
 
-def check_study(side: int, seeds: list[int]) -> None:
-    """Refuse what a study of ResNets cannot be made of. Errors: `UserError` for a small side, or one seed alone."""
-    if side < SMALLEST:
-        raise UserError(f"--resize {side}: the network halves an image five times, give at least {SMALLEST}")
-    if len(set(seeds)) < max(2, len(seeds)):
-        raise UserError("--seeds: an interval needs at least two seeds, each given once")
-
-
 def resized(x: Tensor, side: int) -> Tensor:
     """Float images (B, 3, H, W) at side×side pixels, bilinear; as they are where they have that size."""
     if x.shape[-2:] == (side, side):

@@ -39,12 +39,12 @@ import torch.nn.functional as F
 from matplotlib.ticker import LogFormatter, NullLocator
 from torch import Tensor, nn
 
-from cnn_cifar.inputs import Data, Split, add_data_flags, check_study, load, pixels, resized, share
+from cnn_cifar.inputs import SMALLEST, Data, Split, add_data_flags, load, pixels, resized, share
 from cnn_cifar.models import IMAGENET, Normalize, get_param_groups
 from cnn_cifar.pretrained import backbone, imagenet_weights, read_weights
 from cnn_cifar.resnet import ResNet
 from shared_utils import checkpoint
-from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main, seed_number
+from shared_utils.cli import UserError, add_seeds, at_least, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches, stratified_order
 from shared_utils.device import autocast, pick_device
 from shared_utils.modes import evaluating
@@ -73,13 +73,13 @@ def build_parser():
     parser.add_argument("--epochs", type=positive_int, default=5, help="passes over the labelled images")
     least = "updates when so few images would give fewer: they are then passed over more often"
     parser.add_argument("--least-updates", type=positive_int, default=250, help=least)
-    parser.add_argument("--resize", type=positive_int, default=224, help="pixels of a side that the network sees")
+    parser.add_argument("--resize", type=at_least(SMALLEST), default=224, help="pixels of a side that the network sees")
     parser.add_argument("--width", type=positive_int, default=64, help="channels of the first stage (ResNet-18's: 64)")
     rates = {"type": positive_float, "nargs": "+", "default": [0.01, 0.1]}
     parser.add_argument("--lrs", **rates, help="highest learning rates of one cycle; each way gets the better one")
     on = {"action": argparse.BooleanOptionalAction, "default": True}
     parser.add_argument("--amp", **on, help="compute in bfloat16, with float32 parameters")
-    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="other images, other starts")
+    add_seeds(parser, [0, 1, 2], "other images, other starts", least=2)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
     return parser
 
@@ -93,7 +93,6 @@ def main(argv=None) -> dict:
         raise UserError(f"--source {args.source}: pretraining on --dataset itself would use all of its labels")
     if min(args.batch_size, *args.labels) < 2:
         raise UserError("--batch-size and --labels: at least two images, BatchNorm learns from how they differ")
-    check_study(args.resize, args.seeds)
     device = pick_device(args.device)
     data = load(args, device, shape=None)
     if max(args.labels) > len(data.train):

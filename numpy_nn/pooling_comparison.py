@@ -32,7 +32,7 @@ from numpy_nn.layers import Flatten, Layer, Linear
 from numpy_nn.losses import SoftmaxCrossEntropy
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import Adam
-from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches, stratified_order
 from shared_utils.plotting import COLORS, mean_std, new_figure, save_figure
 from shared_utils.runs import start_run, write_csv
@@ -110,8 +110,7 @@ def build_parser():
     quick = {"epochs": 3, "seeds": [0, 1], "train_size": 600, "batch_size": 32, "lrs": [0.003, 0.01]}
     parser = make_parser(__doc__, device=False, quick=quick)
     parser.add_argument("--epochs", type=positive_int, default=3, help="passes over the training images")
-    seeds = [0, 1, 2, 3, 4]
-    parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=seeds, help="one run of each variant")
+    add_seeds(parser, [0, 1, 2, 3, 4], "one run of each variant")
     parser.add_argument("--train-size", type=positive_int, default=20_000, help="training images, stratified")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images per update")
     lrs = [0.003, 0.01, 0.03]
@@ -126,7 +125,7 @@ def main(argv=None) -> dict:
     if args.train_size > len(data.y_train):
         raise UserError(f"--train-size {args.train_size}: {args.dataset} has {len(data.y_train)} beside validation")
     run = start_run(args)
-    seeds = list(dict.fromkeys(args.seeds))
+    seeds = args.seeds
     # The variants in turn: a machine that slows down slows all of them.
     lrs = sorted(set(args.lrs))
     trials = {(v, lr): train(v, lr, seeds[0], data, args, run) for lr in lrs for v in VARIANTS}

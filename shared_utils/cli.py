@@ -134,6 +134,19 @@ def make_parser(
     return parser
 
 
+def add_seeds(parser: argparse.ArgumentParser, default: list[int], about: str, least: int = 1) -> None:
+    """Add `--seeds`: at least `least`, each given once, since a seed that counts twice makes an interval too narrow."""
+
+    class Seeds(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            if len(set(values)) < max(least, len(values)):
+                given = " ".join(map(str, values))
+                raise argparse.ArgumentError(self, f"must be different seeds, {least} or more, got {given}")
+            namespace.seeds = values
+
+    parser.add_argument("--seeds", type=seed_number, nargs="+", action=Seeds, default=default, help=about)
+
+
 def run_main(main: Callable[[], dict], build_parser: Callable[[], ExperimentParser]) -> None:
     """Run a script's `main`: a `UserError` ends as one line and exit code 2, Ctrl-C with how to go on (130)."""
     try:

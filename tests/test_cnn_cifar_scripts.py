@@ -328,8 +328,8 @@ def test_a_compiled_network_learns_the_same(pictures, tmp_path, no_figures):
         (allcnn, "--batch-size 61", "--batch-size 61: there are 60 images"),
         (fast_cifar, "--batch-size 73", "--batch-size 73: there are 72 images"),
         (fast_cifar, "--without salt", "invalid choice: 'salt'"),
-        (fast_cifar_ladder, "--seeds 3", "at least two seeds"),
-        (fast_cifar_ladder, "--seeds 3 3", "each given once"),
+        (fast_cifar_ladder, "--seeds 3", "different seeds, 2 or more"),
+        (fast_cifar_ladder, "--seeds 3 3", "different seeds, 2 or more, got 3 3"),
         (fast_cifar_ladder, "--val-size 0", "--val-size: must be"),
     ],
 )

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared_utils.cli import make_parser, non_negative_int, positive_float, positive_int, run_main
+from shared_utils.cli import add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import Run, start_run
@@ -52,9 +52,7 @@ def build_parser():
     parser = make_parser(__doc__, dataset="books", quick=quick)
     sizes = [512, 1024, 2048, 4096, 8192, 16384]
     parser.add_argument("--vocab-sizes", type=positive_int, nargs="+", default=sizes, help="261 are the bytes alone")
-    parser.add_argument(
-        "--seeds", type=non_negative_int, nargs="+", default=[0], help="one training each per size and rate"
-    )
+    add_seeds(parser, [0], "one training each per size and rate")
     parser.add_argument("--updates", type=positive_int, default=500, help="at the middle of the sizes")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="windows of an update")
     parser.add_argument(
@@ -76,7 +74,7 @@ def main(argv=None) -> dict:
     costs = {size: operations_per_token(real, args.quick) for size, real in sizes.items()}
     budget = args.updates * costs[list(sizes)[len(sizes) // 2]]
     for size, corpus in corpora.items():
-        for lr, seed in product(dict.fromkeys(args.lrs), dict.fromkeys(args.seeds)):
+        for lr, seed in product(dict.fromkeys(args.lrs), args.seeds):
             if run.row(asked=size, lr=lr, seed=seed):
                 continue
             folder = run.path(f"train_{size}_{lr:g}_{seed}")
