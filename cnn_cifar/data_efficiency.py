@@ -27,7 +27,7 @@ from matplotlib.ticker import NullLocator
 from torch import nn
 
 from cnn_cifar.digit_training import fit, probabilities
-from cnn_cifar.inputs import Data, Split, load
+from cnn_cifar.inputs import Data, Split, load_splits
 from cnn_cifar.vit import ViT
 from cnn_cifar.zoo import OURS
 from shared_utils.checkpoint import load_arrays, save_arrays
@@ -76,8 +76,7 @@ def main(argv=None) -> dict:
     """Train every arm on every size from every seed; returns the metrics."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    flags = argparse.Namespace(**{**vars(args), "val_size": 0, "batch_size": 1})
-    data = load(flags, device, shape=(1, 28, 28))
+    data = load_splits(args.dataset, args.data_dir, device, shape=(1, 28, 28))
     sizes = sorted(set(args.sizes))
     if sizes[-1] > len(data.train):
         raise UserError(f"--sizes {sizes[-1]}: there are {len(data.train)} images to train on")

@@ -56,17 +56,30 @@ def load(
     train_size: int | None = None,
     shape: tuple[int, int, int] | None = SHAPE,
 ) -> Data:
-    """The splits that the flags ask for, on `device`.
+    """`load_splits` by the flags. Errors: also `UserError` for a batch larger than what there is to train on."""
+    data = load_splits(args.dataset, args.data_dir, device, args.val_size, train_size, shape)
+    if args.batch_size > len(data.train):
+        raise UserError(f"--batch-size {args.batch_size}: there are {len(data.train)} images to train on")
+    return data
+
+
+def load_splits(
+    dataset: str,
+    data_dir: str,
+    device: torch.device,
+    val_size: int = 0,
+    train_size: int | None = None,
+    shape: tuple[int, int, int] | None = SHAPE,
+) -> Data:
+    """A data set's splits on `device`.
 
     train_size: so many of the images to train on, stratified. shape: None takes images of any size.
     Errors: `UserError` as `load_images`, `train_val_split`, `subset`.
     """
-    train, test = (load_images(args.dataset, split, args.data_dir, shape=shape) for split in ("train", "test"))
-    train, val = train_val_split(train, args.val_size) if args.val_size else (train, None)
+    train, test = (load_images(dataset, split, data_dir, shape=shape) for split in ("train", "test"))
+    train, val = train_val_split(train, val_size) if val_size else (train, None)
     if train_size:
         train = subset(train, train_size, np.random.default_rng(0))
-    if args.batch_size > len(train):
-        raise UserError(f"--batch-size {args.batch_size}: there are {len(train)} images to train on")
     splits = (
         images and Split(*(torch.from_numpy(part).to(device) for part in (images.x, images.y)))
         for images in (train, val, test)

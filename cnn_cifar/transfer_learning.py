@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from matplotlib.ticker import LogFormatter, NullLocator
 from torch import Tensor, nn
 
-from cnn_cifar.inputs import SMALLEST, Data, Split, add_data_flags, load, pixels, resized, share
+from cnn_cifar.inputs import SMALLEST, Data, Split, add_data_flags, load, load_splits, pixels, resized, share
 from cnn_cifar.models import IMAGENET, Normalize, get_param_groups
 from cnn_cifar.pretrained import backbone, imagenet_weights, read_weights
 from cnn_cifar.resnet import ResNet
@@ -105,7 +105,9 @@ def main(argv=None) -> dict:
         given = imagenet_weights("resnet18", Path(args.data_dir) / "weights", instead)
     if given is not None:
         backbone(args.width, given, origin)  # refused before the run begins, not after
-    source = load_source(args, device) if args.source else None
+    source = None  # to pretrain on: nothing of it is held out
+    if args.source:
+        source = load_splits(args.source, args.data_dir, device, train_size=args.source_size, shape=None)
     run = start_run(args)
     if not args.resume:
         run.path("source.pth").unlink(missing_ok=True)  # of an earlier run, perhaps from another source
@@ -159,12 +161,6 @@ def main(argv=None) -> dict:
 
 
 # --- pretraining --------------------------------------------------------------------------------------------------
-
-
-def load_source(args: argparse.Namespace, device: torch.device) -> Data:
-    """The data set to pretrain on, none of it held out. Errors: as `load`."""
-    flags = argparse.Namespace(**{**vars(args), "dataset": args.source, "val_size": 0})
-    return load(flags, device, args.source_size, shape=None)
 
 
 def pretrained(source: Data, args: argparse.Namespace, run: Run) -> tuple[dict[str, Tensor], dict]:
