@@ -43,7 +43,7 @@ from shared_utils.cli import (
     positive_int,
     run_main,
 )
-from shared_utils.data import minibatches, stratified_order
+from shared_utils.data import endless_minibatches, stratified_order
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, line_style, mean_std, new_figure, save_figure
 from shared_utils.runs import check_finite, start_run
@@ -111,12 +111,6 @@ def standardise(name: str, labelled: Tensor, *others: Tensor) -> list[Tensor]:
 # --- classifier ---------------------------------------------------------------------------------------------------
 
 
-def endless_batches(n: int, batch_size: int, rng: np.random.Generator):
-    """Batches of positions, epoch after epoch, each shuffled anew; the last ones that are not full are left out."""
-    while True:
-        yield from minibatches(n, min(n, batch_size), rng, drop_last=True)
-
-
 def fit_classifier(x: Tensor, y: Tensor, classes: int, hidden, args, seed: int, val=None) -> tuple[Classifier, list]:
     """A classifier trained on x (n, D), y (n,); and, with val = (x, y), its accuracy there after each epoch."""
     torch.manual_seed(seed)
@@ -127,7 +121,7 @@ def fit_classifier(x: Tensor, y: Tensor, classes: int, hidden, args, seed: int, 
     optimizer, curve = AdamW(model.layers, lr, weight_decay=args.weight_decay), []
     per_epoch = max(1, len(x) // args.batch_size)
     updates = max(args.updates, args.epochs * per_epoch)
-    batches = endless_batches(len(x), args.batch_size, np.random.default_rng(seed))
+    batches = endless_minibatches(len(x), args.batch_size, np.random.default_rng(seed))
     for step, batch in enumerate(islice(batches, updates), start=1):
         optimizer.lr = one_cycle(step - 1, updates, lr)
         batch = torch.from_numpy(batch).to(x.device)

@@ -29,8 +29,8 @@ Shapes: N images, B batch, K classes, F features.
 import argparse
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ from cnn_cifar.pretrained import backbone, imagenet_weights, read_weights
 from cnn_cifar.resnet import ResNet
 from shared_utils import checkpoint
 from shared_utils.cli import UserError, add_seeds, at_least, make_parser, positive_float, positive_int, run_main
-from shared_utils.data import minibatches, stratified_order
+from shared_utils.data import endless_minibatches, stratified_order
 from shared_utils.device import autocast, pick_device
 from shared_utils.modes import evaluating
 from shared_utils.plotting import COLORS, image_grid, line_style, new_figure, save_figure
@@ -221,17 +221,6 @@ def updates_for(count: int, args) -> int:
     return max(args.least_updates, args.epochs * (count // args.batch_size))
 
 
-def batches(n: int, batch_size: int, updates: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """`updates` batches of positions in n images, pass after pass, each in another order."""
-    done = 0
-    while True:
-        for batch in minibatches(n, min(batch_size, n), rng, drop_last=True):
-            if done == updates:
-                return
-            yield batch
-            done += 1
-
-
 def seen(x: Tensor, side: int) -> Tensor:
     """What the network is given: uint8 images (B, 1 or 3, H, W) → floats of [0, 1] (B, 3, side, side).
 
@@ -246,7 +235,8 @@ def fit(network: nn.Module, split: Split, lr: float, updates: int, seed: int, ar
     optimizer = torch.optim.SGD(get_param_groups(network, 5e-4), lr=lr, momentum=0.9, nesterov=True)
     network.train()
     total = torch.zeros((), device=device)  # read once
-    for step, batch in enumerate(batches(len(split), args.batch_size, updates, np.random.default_rng(seed))):
+    batches = endless_minibatches(len(split), args.batch_size, np.random.default_rng(seed))
+    for step, batch in enumerate(islice(batches, updates)):
         batch = torch.from_numpy(batch).to(device)
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, updates, lr)
