@@ -172,7 +172,7 @@ def time_updates(
 ) -> float:
     """Seconds of an update of one network, the least over the epochs: `group` networks together or one by one."""
     rngs, points = zip(*(points_of(n, trial, seed) for trial in range(group)), strict=True)
-    model = EnsembleMLP(group, recipe.width, recipe.depth, recipe.features, sigma=recipe.sigma, rngs=rngs).to(device)
+    model = recipe.model(rngs).to(device)
     how = {"epochs": recipe.epochs, "lr": recipe.lr, "batch_size": recipe.batch_size}
     clock, timed = clock_of(threads, device), []
     with cpu_threads(threads):

@@ -28,8 +28,7 @@ from scipy.linalg import LinAlgError, cho_solve, cholesky
 from sklearn.metrics import roc_auc_score
 
 from nl_regression.fitting import Fit, fit
-from nl_regression.model import EnsembleMLP
-from nl_regression.recipes import Recipe, points_of
+from nl_regression.recipes import HOW, Recipe, points_of
 from nl_regression.results import KNOWS, Networks
 from nl_regression.target import GRID, IN_POINTS, deltas, target
 from shared_utils.cli import UserError, at_least, make_parser, run_main
@@ -103,9 +102,7 @@ def least_norm(x: np.ndarray, y: np.ndarray, frequencies: np.ndarray) -> np.ndar
 def train_ensemble(recipe: Recipe, x: np.ndarray, members: int, seed: int, device) -> Fit:
     """`members` networks on the same points x (n,), each with features, weights and batches of its own."""
     rngs = [np.random.default_rng([seed, len(x), member, 1]) for member in range(members)]  # 4 numbers: no sweep's own
-    model = EnsembleMLP(members, recipe.width, recipe.depth, recipe.features, sigma=recipe.sigma, rngs=rngs).to(device)
-    how = {key: getattr(recipe, key) for key in ("epochs", "lr", "optimizer", "schedule", "batch_size")}
-    return fit(model, [x] * members, rngs, **how)
+    return fit(recipe.model(rngs).to(device), [x] * members, rngs, **{key: getattr(recipe, key) for key in HOW})
 
 
 def band_metrics(mean: np.ndarray, std: np.ndarray) -> dict:

@@ -18,7 +18,7 @@ Shapes: M networks, T trials, n points, G grid points.
 import numpy as np
 
 from nl_regression.recipes import Recipe, add_recipe_flags, points_of
-from nl_regression.results import FITS, KNOWS, Networks
+from nl_regression.results import FITS, KNOWS, Networks, plain
 from nl_regression.target import GRID, deltas, target
 from shared_utils.cli import UserError, at_least, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
@@ -96,11 +96,6 @@ def main(argv=None) -> dict:
         "diverged": np.stack([bad.n, bad.trial, bad.diverged_at], axis=1),  # n, trial and update of each that did
     }
     return run.finish(plain(metrics))
-
-
-def plain(row: dict) -> dict:
-    """The row with None for what is not a number (every network diverged): JSON has no NaN."""
-    return {key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in row.items()}
 
 
 def summary(networks: Networks) -> dict:

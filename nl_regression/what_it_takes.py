@@ -25,9 +25,8 @@ import numpy as np
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 
-from nl_regression.fitting import Fit, fit
 from nl_regression.model import EnsembleMLP
-from nl_regression.recipes import RECIPES, Recipe, points_of
+from nl_regression.recipes import RECIPES, Recipe
 from nl_regression.results import FITS
 from nl_regression.target import deltas
 from shared_utils.cli import at_least, make_parser, positive_float, positive_int, run_main
@@ -48,22 +47,13 @@ class ScaledRecipe(Recipe):
 
     def model(self, rngs: Sequence[np.random.Generator]) -> EnsembleMLP:
         """The networks as they start, one for each generator; without changes those of `Recipe`."""
-        model = EnsembleMLP(len(rngs), self.width, self.depth, self.features, sigma=self.sigma, rngs=rngs)
+        model = super().model(rngs)
         with torch.no_grad():
             model.weights[0].mul_(self.scale)  # (M, 1, d) with raw input
             if self.spread_kinks:
                 kinks = torch.from_numpy(np.stack([rng.uniform(0, 1, (1, self.width)) for rng in rngs]))  # (M, 1, d)
                 model.biases[0].copy_(-model.weights[0] * kinks)
         return model
-
-    def train(
-        self, sizes: Sequence[int], trials: Sequence[int], seed: int, device: torch.device, after_epoch=None
-    ) -> tuple[EnsembleMLP, Fit]:
-        """As `Recipe.train`, from this first layer."""
-        rngs, points = zip(*(points_of(n, trial, seed) for n, trial in zip(sizes, trials, strict=True)), strict=True)
-        model = self.model(rngs).to(device)
-        how = {key: getattr(self, key) for key in ("epochs", "lr", "optimizer", "schedule", "batch_size", "beta2")}
-        return model, fit(model, points, rngs, **how, after_epoch=after_epoch)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
 from nl_regression.recipes import Recipe, add_recipe_flags
-from nl_regression.results import FITS
+from nl_regression.results import FITS, plain
 from nl_regression.target import deltas
 from shared_utils.cli import UserError, at_least, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
@@ -95,17 +95,6 @@ def measure(recipe: Recipe, args, device) -> dict:
     row["diverged"] = int((~fine).sum())
     row["meets_its_points"] = bool(fine.all() and fit.train_mse.max() <= FITS)
     return {**row, "training_seconds": seconds}
-
-
-def plain(row: dict) -> dict:
-    """The row with None for what is not a number (a network diverged): JSON has no NaN."""
-
-    def one(value):
-        if isinstance(value, list):
-            return [one(item) for item in value]
-        return None if isinstance(value, float) and not np.isfinite(value) else value
-
-    return {key: one(value) for key, value in row.items()}
 
 
 def finding(rows: list[dict], what: str) -> dict:
