@@ -44,7 +44,7 @@ from shared_utils.device import autocast, pick_device
 from shared_utils.plotting import COLORS, image_grid, line_style, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.schedules import one_cycle
-from shared_utils.seeding import seed_everything
+from shared_utils.seeding import derived_seed, seed_everything
 from shared_utils.stats import wilson_interval
 
 KINDS = ("standard", "adversarial")
@@ -174,7 +174,7 @@ def train(kind: str, state: dict | None, config: dict, data: Data, args: argpars
         # All that is random in an epoch follows from seed and epoch: a resumed run needs no random states.
         order = minibatches(len(y), args.batch_size, np.random.default_rng([args.seed, epoch]), drop_last=True)
         batches = torch.from_numpy(np.stack(list(order))).to(device)  # (updates, B)
-        epoch_seed = int(np.random.SeedSequence([args.seed, epoch]).generate_state(1)[0])
+        epoch_seed = derived_seed(args.seed, epoch)
         torch.manual_seed(epoch_seed)  # dropout's, in All-CNN
         generator = Generator(device).manual_seed(epoch_seed)
         starts = Generator(device).manual_seed(epoch_seed + 1)  # the attack's: the images stay those of its twin

@@ -43,7 +43,7 @@ from shared_utils.distributed import main_first, process_group, shard, total, wr
 from shared_utils.plotting import curves, image_grid, new_figure, save_figure
 from shared_utils.runs import check_finite, start_run, write_json
 from shared_utils.schedules import one_cycle
-from shared_utils.seeding import seed_everything
+from shared_utils.seeding import derived_seed, seed_everything
 from shared_utils.stats import wilson_interval
 
 CUTOUT = 8  # pixels: the side of the square
@@ -128,7 +128,7 @@ def train(args, world) -> dict:
         # no random states, and processes draw different crops and dropout.
         order = minibatches(n, args.batch_size, np.random.default_rng([args.seed, epoch]), drop_last=True)
         batches = torch.from_numpy(np.stack([shard(batch, world) for batch in order])).to(device)  # (updates, B)
-        noise_seed = int(np.random.SeedSequence([args.seed, epoch, world.rank]).generate_state(1)[0])
+        noise_seed = derived_seed(args.seed, epoch, world.rank)
         torch.manual_seed(noise_seed)
         generator = Generator(device).manual_seed(noise_seed)
         total_loss, right = torch.zeros((), device=device), torch.zeros((), device=device)  # read once an epoch

@@ -45,7 +45,7 @@ from shared_utils.muon import Muon
 from shared_utils.plotting import image_grid, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.schedules import one_cycle
-from shared_utils.seeding import seed_everything
+from shared_utils.seeding import derived_seed, seed_everything
 
 LEVELS = 10  # parts of the steps in which the validation loss is shown
 GRID, GRID_STEPS = 8, 20  # samples of a picture in each direction; DPM-Solver++'s steps for them
@@ -138,7 +138,7 @@ def train(args: argparse.Namespace, world: World) -> dict:
         batches = minibatches(len(x), args.batch_size, order, drop_last=True)
         for update, batch in enumerate(batches, start=epoch * per_epoch):
             # What is random in an update follows from seed and update, for the whole batch: processes share it out.
-            torch.manual_seed(int(np.random.SeedSequence([args.seed, update]).generate_state(1)[0]))
+            torch.manual_seed(derived_seed(args.seed, update))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = one_cycle(update, updates, group["peak"], rise=0.1)
