@@ -95,8 +95,7 @@ def main(argv=None) -> dict:
 def train(args, world) -> dict:
     """What `main` does, in one process of `world`."""
     device = world.device
-    if args.batch_size % world.size:
-        raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes")
+    world.check(args.batch_size)
     with main_first(world):
         data = load(args, device)
     run = start_run(args, writes=world.is_main)

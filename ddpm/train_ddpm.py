@@ -88,8 +88,7 @@ def train(args: argparse.Namespace, world: World) -> dict:
     device = world.device
     with main_first(world):
         data = load(args)
-    if args.batch_size % world.size:
-        raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes")
+    world.check(args.batch_size)
     if args.batch_size > len(data.train):
         raise UserError(f"--batch-size {args.batch_size}: there are {len(data.train)} images to train on")
     if min(args.val_images, len(data.val)) < LEVELS:
@@ -120,7 +119,7 @@ def train(args: argparse.Namespace, world: World) -> dict:
     learned = {"dataset": args.dataset, "val_size": len(data.val)}
     about = {"title": data.title, "config": {**model.config, **process, **learned}}
 
-    if args.resume and run.path("last.pth").exists():
+    if args.resume and run.path("last.pth").exists():  # in any number of processes: all draw the same
         state = checkpoint.load(run.path("last.pth"), expect=about["config"])
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])

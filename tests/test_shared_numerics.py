@@ -197,7 +197,8 @@ def test_shards_are_disjoint_complete_and_of_one_length():
     parts = [shard(batch, World(rank, 3, torch.device("cpu"))) for rank in range(3)]
     assert [len(part) for part in parts] == [4, 4, 4]
     assert sorted(np.concatenate(parts)) == sorted(batch)
-    with pytest.raises(UserError, match="does not divide"):
+    World(0, 3, torch.device("cpu")).check(12)
+    with pytest.raises(UserError, match="--batch-size 5 does not divide among 3 processes"):
         shard(batch[:5], World(0, 3, torch.device("cpu")))
 
 

@@ -134,8 +134,7 @@ def make_optimizers(model: TransformerLM, args: argparse.Namespace) -> list[torc
 def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
     """What `main` does, in one process of `world`."""
     device, tokens = world.device, corpus.tokens
-    if args.batch_size % world.size:
-        raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes")
+    world.check(args.batch_size)
     for name in ("train", "val"):
         if len(corpus.parts[name].ids) < args.context:
             n = len(corpus.parts[name].ids)
