@@ -23,12 +23,10 @@ Shapes: N images, 784 pixels, K numbers of the code.
 """
 
 import argparse
-import csv
 import itertools
 import math
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import joblib
 import numpy as np
@@ -43,16 +41,16 @@ from autoencoder.pca import fit_pca
 from autoencoder.trained import VARIANTS, Trained, save_trained
 from shared_utils.cli import (
     UserError,
+    add_seeds,
     make_parser,
     non_negative_float,
     positive_float,
     positive_int,
     run_main,
-    seed_number,
 )
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, curves, image_grid, new_figure, save_figure
-from shared_utils.runs import Diverged, replacing, start_run
+from shared_utils.runs import Diverged, start_run, write_csv
 
 FINE = 7  # pixels: a pattern of stripes is finer, a sleeve is not
 FACTORS = ("enc_dims", "activation", "init", "batchnorm", "lr", "weight_decay", "noise", "code_noise")
@@ -101,7 +99,7 @@ def build_parser():
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="sgd has momentum 0.9")
     parser.add_argument("--epochs", type=positive_int, default=8, help="of each combination")
     parser.add_argument("--final-epochs", type=positive_int, default=40, help="of the best combination")
-    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1], help="of the best combination")
+    add_seeds(parser, [0, 1], "of the best combination")
     parser.add_argument("--batch-size", type=positive_int, default=256, help="images per update")
     parser.add_argument(
         "--patience", type=positive_int, default=10, help="epochs without better validation error; then stop"
@@ -137,11 +135,11 @@ def main(argv=None) -> dict:
     for recipe, (found, _) in zip(rest, parallel(fit_one(recipe, args.seed) for recipe in rest), strict=True):
         run.log(**as_row(recipe, found))
     rows = [{**row, **{name: float(row[name]) for name in NUMBERS}} for row in run.history()]
-    write_csv(rows, run.path("grid.csv"))
+    write_csv(run.path("grid.csv"), sorted(rows, key=lambda row: row["val_recon"]))  # best first
     best = min(range(len(grid)), key=lambda i: rows[i]["val_recon"])
 
     final = replace(grid[best], epochs=args.final_epochs)
-    seeds = list(dict.fromkeys(args.seeds))
+    seeds = args.seeds
     print(f"the best of {len(grid)}: {final}; now for {final.epochs} epochs, seeds {seeds}", flush=True)
     fits, weights = zip(*parallel(fit_one(final, seed) for seed in seeds), strict=True)
     chosen = min(range(len(fits)), key=lambda i: fits[i].val_recon)
@@ -252,14 +250,6 @@ def as_row(recipe: Recipe, found: Fit) -> dict:
         "epochs": len(found.rows),
         "seconds": found.seconds,
     }
-
-
-def write_csv(rows: list[dict], path: Path) -> None:
-    """The grid, best first."""
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: row["val_recon"]))
 
 
 def draw_losses(found: Fit, recipe: Recipe, test_recon: float, pca_recon: float, about: str):

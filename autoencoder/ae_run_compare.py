@@ -13,7 +13,6 @@ ae_compare_recon.png, compare.csv, metrics.json.
 Shapes: N images, 784 pixels, K numbers of the code.
 """
 
-import csv
 from functools import partial
 
 import numpy as np
@@ -28,7 +27,7 @@ from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.data import stratified_order
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, image_grid, new_figure, save_figure
-from shared_utils.runs import replacing, start_run
+from shared_utils.runs import start_run, write_csv
 
 TAGS = {"base": "baseline", "reg": "regularised"}  # tag of the files → variant
 TRUST_K, UMAP_NEIGHBOURS = 15, 14  # neighbours; UMAP counts the image itself as a fifteenth
@@ -63,10 +62,7 @@ def main(argv=None) -> dict:
         found[tag] = process(trained.model, data.x_test, data.y_test, args.dataset)
         save_arrays(run.path(f"ae_fashion_test_processed_{tag}.npz"), **found[tag])
         rows.append({"variant": TAGS[tag], **measure(trained, found[tag], data, shown)})
-    with replacing(run.path("compare.csv")) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(run.path("compare.csv"), rows)
 
     difference = found["reg"]["mse"].astype(np.float64) - found["base"]["mse"]  # (N,), of the same images
     mean, error = difference.mean(), difference.std(ddof=1) / np.sqrt(len(difference))

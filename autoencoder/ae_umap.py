@@ -49,7 +49,7 @@ from autoencoder.embedding import (
 from autoencoder.inputs import add_data_flags, load_pixels, pixels
 from autoencoder.pca import fit_pca
 from shared_utils import checkpoint
-from shared_utils.cli import UserError, fraction, make_parser, positive_int, run_main, seed_number
+from shared_utils.cli import UserError, add_seeds, at_least, fraction, make_parser, positive_int, run_main
 from shared_utils.data import stratified_order
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
@@ -68,10 +68,9 @@ def build_parser():
     add_data_flags(parser)
     parser.add_argument("--npz", metavar="FILE", help="codes of the test images (default: ae_process_test.py's)")
     parser.add_argument("--n", type=positive_int, help="test images used, stratified (default: all)")
-    parser.add_argument("--neighbors", type=positive_int, default=15, help="UMAP's, the image itself among them")
+    parser.add_argument("--neighbors", type=at_least(2), default=15, help="UMAP's, the image itself among them")
     parser.add_argument("--min-dist", type=fraction, default=0.1, help="UMAP's least distance between points of a map")
-    seeds = "of UMAP, at least two"
-    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help=seeds)
+    add_seeds(parser, [0, 1, 2], "of UMAP, at least two", least=2)
     return parser
 
 
@@ -142,10 +141,6 @@ def verdict(a: dict, b: dict, name: str) -> str:
 def main(argv=None) -> dict:
     """Map, measure, compare and draw; returns the metrics."""
     args = build_parser().parse_args(argv)
-    if len(set(args.seeds)) < max(2, len(args.seeds)):
-        raise UserError("--seeds: needs two different seeds or more")
-    if args.neighbors < 2:
-        raise UserError("--neighbors 1: the image itself is the first, so needs 2 or more")
     device = pick_device(args.device)
     path = args.npz or find_output(args, "ae_process_test", "ae_fashion_test_processed.npz")
     data = load_pixels(args)

@@ -35,15 +35,15 @@ from autoencoder.pca import fit_pca
 from autoencoder.trained import find_trained, load_trained
 from shared_utils.cli import (
     UserError,
+    add_seeds,
     make_parser,
     non_negative_float,
     positive_float,
     positive_int,
     run_main,
-    seed_number,
     share_below_1,
 )
-from shared_utils.data import minibatches, stratified_order
+from shared_utils.data import endless_minibatches, stratified_order
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, line_style, mean_std, new_figure, save_figure
 from shared_utils.runs import check_finite, start_run
@@ -65,9 +65,7 @@ def build_parser():
     parser.add_argument("--ckpt-denoising", metavar="FILE", help="the denoising one (default: its --variant denoising)")
     few = [100, 300, 1000, 3000, 10000]
     parser.add_argument("--labels", type=positive_int, nargs="+", default=few, help="labelled images, beside all")
-    parser.add_argument(
-        "--seeds", type=seed_number, nargs="+", default=[0, 1, 2, 3, 4], help="draws of labels, weights"
-    )
+    add_seeds(parser, [0, 1, 2, 3, 4], "draws of labels, weights")
     parser.add_argument("--hidden", type=positive_int, nargs="+", default=[256, 128], help="the perceptron's layers")
     parser.add_argument("--dropout", type=share_below_1, default=0.2, help="after each hidden layer")
     parser.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="AdamW's decay")
@@ -113,12 +111,6 @@ def standardise(name: str, labelled: Tensor, *others: Tensor) -> list[Tensor]:
 # --- classifier ---------------------------------------------------------------------------------------------------
 
 
-def endless_batches(n: int, batch_size: int, rng: np.random.Generator):
-    """Batches of positions, epoch after epoch, each shuffled anew; the last ones that are not full are left out."""
-    while True:
-        yield from minibatches(n, min(n, batch_size), rng, drop_last=True)
-
-
 def fit_classifier(x: Tensor, y: Tensor, classes: int, hidden, args, seed: int, val=None) -> tuple[Classifier, list]:
     """A classifier trained on x (n, D), y (n,); and, with val = (x, y), its accuracy there after each epoch."""
     torch.manual_seed(seed)
@@ -129,7 +121,7 @@ def fit_classifier(x: Tensor, y: Tensor, classes: int, hidden, args, seed: int, 
     optimizer, curve = AdamW(model.layers, lr, weight_decay=args.weight_decay), []
     per_epoch = max(1, len(x) // args.batch_size)
     updates = max(args.updates, args.epochs * per_epoch)
-    batches = endless_batches(len(x), args.batch_size, np.random.default_rng(seed))
+    batches = endless_minibatches(len(x), args.batch_size, np.random.default_rng(seed))
     for step, batch in enumerate(islice(batches, updates), start=1):
         optimizer.lr = one_cycle(step - 1, updates, lr)
         batch = torch.from_numpy(batch).to(x.device)
@@ -279,7 +271,6 @@ def draw_labels(accuracies: dict, rows: list[dict], title: str):
 def main(argv=None) -> dict:
     """Train on every input and number of labels; returns the metrics."""
     args = build_parser().parse_args(argv)
-    args.seeds = list(dict.fromkeys(args.seeds))
     if min(args.batch_size, *args.labels) < 2:
         raise UserError("--batch-size and --labels: at least two images, BatchNorm learns from how they differ")
     seed_everything(args.seed)

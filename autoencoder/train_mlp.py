@@ -38,7 +38,7 @@ from torch import Tensor
 from autoencoder.layers import Linear, ReLU
 from autoencoder.models import Classifier, ManualMLP, Regressor
 from autoencoder.optimizers import SGD
-from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, line_style, mean_std, new_figure, save_figure
@@ -226,7 +226,7 @@ def build_parser():
     quick = {"seeds": [0, 1], "epochs": 10, "hidden": [32, 32], "lr": [0.03]}
     parser = make_parser(__doc__, dataset=None, quick=quick)
     parser.set_defaults(device="cpu")  # networks this small gain nothing from a GPU
-    parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2, 3, 4], help="weights, batches")
+    add_seeds(parser, [0, 1, 2, 3, 4], "weights, batches")
     parser.add_argument("--hidden", type=positive_int, nargs="+", default=[64, 64], help="widths of the hidden layers")
     parser.add_argument("--epochs", type=positive_int, default=100, help="passes over the training points")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="points per update")
@@ -244,7 +244,7 @@ def main(argv=None) -> dict:
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
     run = start_run(args)
-    seeds = list(dict.fromkeys(args.seeds))
+    seeds = args.seeds
     early = max(1, round(EARLY * args.epochs))
     metrics = {"hidden": args.hidden, "seeds": seeds, "epochs": args.epochs, "early_epoch": early}
     for key, draw in (("clf", spirals), ("reg", noisy_chirp)):

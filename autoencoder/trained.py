@@ -48,10 +48,7 @@ def load_trained(path: str | Path, args, in_features: int, device: torch.device 
     state = checkpoint.load(path, device=device)
     if not {"model", "recipe", "data", "val_recon"} <= state.keys() or "enc_dims" not in state["config"]:
         raise UserError(f"{path} is no checkpoint of autoencoder/ae_experiments.py")
-    for key, used in state["data"].items():
-        if used != getattr(args, key):
-            flag = "--" + key.replace("_", "-")
-            raise UserError(f"{path} was trained with {flag} {used}, not {getattr(args, key)}")
+    checkpoint.refuse_other_data(path, state["data"], vars(args))
     if state["config"]["in_features"] != in_features:
         raise UserError(f"{path} takes {state['config']['in_features']} pixels, these images have {in_features}")
     if state["recipe"].keys() != Recipe().as_dict().keys():

@@ -38,13 +38,13 @@ from cnn_cifar.checkpoints import NETWORKS, load_network
 from cnn_cifar.inputs import Data, Split, add_data_flags, load, loss_and_accuracy, pixels, share
 from cnn_cifar.models import get_param_groups
 from shared_utils import checkpoint
-from shared_utils.cli import UserError, make_parser, non_negative_float, positive_float, positive_int, run_main
+from shared_utils.cli import make_parser, non_negative_float, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import autocast, pick_device
 from shared_utils.plotting import COLORS, image_grid, line_style, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.schedules import one_cycle
-from shared_utils.seeding import seed_everything
+from shared_utils.seeding import derived_seed, seed_everything
 from shared_utils.stats import wilson_interval
 
 KINDS = ("standard", "adversarial")
@@ -98,8 +98,6 @@ def moved(network: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, gene
 def main(argv=None) -> dict:
     """Train both, attack both; returns the metrics."""
     args = build_parser().parse_args(argv)
-    if not args.val_size:
-        raise UserError("--val-size 0: the validation images choose the epoch, so there must be some")
     device = pick_device(args.device)
     data = load(args, device)
     run = start_run(args)
@@ -176,7 +174,7 @@ def train(kind: str, state: dict | None, config: dict, data: Data, args: argpars
         # All that is random in an epoch follows from seed and epoch: a resumed run needs no random states.
         order = minibatches(len(y), args.batch_size, np.random.default_rng([args.seed, epoch]), drop_last=True)
         batches = torch.from_numpy(np.stack(list(order))).to(device)  # (updates, B)
-        epoch_seed = int(np.random.SeedSequence([args.seed, epoch]).generate_state(1)[0])
+        epoch_seed = derived_seed(args.seed, epoch)
         torch.manual_seed(epoch_seed)  # dropout's, in All-CNN
         generator = Generator(device).manual_seed(epoch_seed)
         starts = Generator(device).manual_seed(epoch_seed + 1)  # the attack's: the images stay those of its twin

@@ -43,7 +43,7 @@ from shared_utils.distributed import main_first, process_group, shard, total, wr
 from shared_utils.plotting import curves, image_grid, new_figure, save_figure
 from shared_utils.runs import check_finite, start_run, write_json
 from shared_utils.schedules import one_cycle
-from shared_utils.seeding import seed_everything
+from shared_utils.seeding import derived_seed, seed_everything
 from shared_utils.stats import wilson_interval
 
 CUTOUT = 8  # pixels: the side of the square
@@ -88,8 +88,6 @@ def augmented(x: Tensor, generator: Generator, cutout: bool) -> Tensor:
 def main(argv=None) -> dict:
     """Train, choose on validation, test once; returns the metrics."""
     args = build_parser().parse_args(argv)
-    if not args.val_size:
-        raise UserError("--val-size 0: the validation images choose the epoch, so there must be some")
     with process_group(args.device) as world:
         return train(args, world)
 
@@ -97,8 +95,7 @@ def main(argv=None) -> dict:
 def train(args, world) -> dict:
     """What `main` does, in one process of `world`."""
     device = world.device
-    if args.batch_size % world.size:
-        raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes")
+    world.check(args.batch_size)
     with main_first(world):
         data = load(args, device)
     run = start_run(args, writes=world.is_main)
@@ -130,7 +127,7 @@ def train(args, world) -> dict:
         # no random states, and processes draw different crops and dropout.
         order = minibatches(n, args.batch_size, np.random.default_rng([args.seed, epoch]), drop_last=True)
         batches = torch.from_numpy(np.stack([shard(batch, world) for batch in order])).to(device)  # (updates, B)
-        noise_seed = int(np.random.SeedSequence([args.seed, epoch, world.rank]).generate_state(1)[0])
+        noise_seed = derived_seed(args.seed, epoch, world.rank)
         torch.manual_seed(noise_seed)
         generator = Generator(device).manual_seed(noise_seed)
         total_loss, right = torch.zeros((), device=device), torch.zeros((), device=device)  # read once an epoch
@@ -172,7 +169,7 @@ def train(args, world) -> dict:
     _, test_accuracy = loss_and_accuracy(model, data.test, args.amp)
     low, high = wilson_interval(round(test_accuracy * len(data.test)), len(data.test))
 
-    rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
+    rows = run.numbers()
     history = {name: [row[name] for row in rows] for name in rows[0]}
     about = f"{data.title}, All-CNN {args.c1}-{args.c2}"
     write_json(run.path("training_curves.json"), history)

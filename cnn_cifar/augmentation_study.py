@@ -39,9 +39,9 @@ from cnn_cifar.augment import (
     random_rand_augment,
     random_rotation,
 )
-from cnn_cifar.inputs import Data, Split, add_data_flags, check_study, load, pixels, resized, share
+from cnn_cifar.inputs import SMALLEST, Data, Split, add_data_flags, load, pixels, resized, share
 from cnn_cifar.models import get_param_groups, pixel_resnet
-from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main, seed_number
+from shared_utils.cli import add_seeds, at_least, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import autocast, pick_device
 from shared_utils.modes import evaluating
@@ -75,13 +75,13 @@ def build_parser():
     parser = make_parser(__doc__, dataset="cifar10", quick=quick)
     add_data_flags(parser, batch_size=64, val_size=5000)
     parser.add_argument("--epochs", type=positive_int, default=5, help="passes over the training images")
-    parser.add_argument("--resize", type=positive_int, default=224, help="pixels of a side that the network sees")
+    parser.add_argument("--resize", type=at_least(SMALLEST), default=224, help="pixels of a side that the network sees")
     parser.add_argument("--width", type=positive_int, default=64, help="channels of the first stage (the paper's: 64)")
     parser.add_argument("--train-size", type=positive_int, help="images to train on (default: all)")
     parser.add_argument("--lr", type=positive_float, default=0.1, help="the highest learning rate of one cycle")
     on = {"action": argparse.BooleanOptionalAction, "default": True}
     parser.add_argument("--amp", **on, help="compute in bfloat16, with float32 parameters")
-    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="one training of each arm each")
+    add_seeds(parser, [0, 1, 2], "one training of each arm each", least=2)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
     return parser
 
@@ -89,9 +89,6 @@ def build_parser():
 def main(argv=None) -> dict:
     """Train every arm from every seed; returns the metrics."""
     args = build_parser().parse_args(argv)
-    check_study(args.resize, args.seeds)
-    if not args.val_size:
-        raise UserError("--val-size 0: the augmentations are compared on validation images, so there must be some")
     device = pick_device(args.device)
     data = load(args, device, args.train_size)
     run = start_run(args)
@@ -145,10 +142,9 @@ def augmented(x: Tensor, arm: str, generator: Generator) -> Tensor:
 
 def trained(arm: str, seed: int, data: Data, args, run: Run) -> dict:
     """The row of history.csv of one training, which is made unless it is there."""
-    key = {"arm": arm, "seed": str(seed)}
-    for row in run.history():
-        if key.items() <= row.items():
-            return row
+    key = {"arm": arm, "seed": seed}
+    if row := run.row(**key):
+        return row
     started = time.perf_counter()
     network, loss = fit(arm, args.seed + seed, data, args)
     seconds = time.perf_counter() - started

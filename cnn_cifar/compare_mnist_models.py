@@ -46,7 +46,7 @@ from cnn_cifar.pretrained import imagenet_weights
 from cnn_cifar.zoo import MODELS, TORCHVISION, build, title_of
 from shared_utils import checkpoint
 from shared_utils.checkpoint import load_arrays, save_arrays
-from shared_utils.cli import UserError, make_parser, positive_int, run_main, seed_number
+from shared_utils.cli import UserError, add_seeds, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import save_figure
 from shared_utils.runs import Run, replacing, start_run
@@ -65,7 +65,7 @@ def build_parser():
     parser.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
     parser.add_argument("--torchvision-epochs", type=positive_int, default=5, help="those of vgg16 and alexnet")
     parser.add_argument("--recipe", choices=RECIPES, default="plain", help="strong: distorted images, smoothed labels")
-    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0], help="one training of each network")
+    add_seeds(parser, [0], "one training of each network")
     parser.add_argument("--pretrained", action="store_true", help="vgg16 and alexnet begin with ImageNet's weights")
     parser.add_argument("--weights-dir", help="where those are, or are downloaded to (default: weights in --data-dir)")
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16, with float32 parameters")
@@ -78,9 +78,8 @@ def main(argv=None) -> dict:
     args = build_parser().parse_args(argv)
     if unknown := [name for name in args.models if name not in MODELS]:
         raise UserError(f"--models {' '.join(unknown)}: unknown; there are {', '.join(MODELS)}")
-    for flag, values in (("--models", args.models), ("--seeds", args.seeds)):
-        if len(set(values)) < len(values):
-            raise UserError(f"{flag} {' '.join(map(str, values))}: each once")
+    if len(set(args.models)) < len(args.models):
+        raise UserError(f"--models {' '.join(args.models)}: each once")
     if args.pretrained and not set(args.models) & set(TORCHVISION):
         raise UserError(f"--pretrained: for {' and '.join(TORCHVISION)}, which are not among --models")
     if args.batch_size < 2:
@@ -144,7 +143,7 @@ def main(argv=None) -> dict:
 def trained(name: str, seed: int, weights: dict[str, Tensor] | None, data: Data, args, run: Run) -> dict:
     """What <model>_<seed>.npz holds of a training, which is made unless history.csv has it."""
     path = run.path(f"{name}_{seed}.npz")
-    if any((row["model"], row["seed"]) == (name, str(seed)) for row in run.history()):
+    if run.row(model=name, seed=seed):
         return load_arrays(path, KEPT)
     seed_everything(args.seed + seed)  # the network's first weights
     network = build(name, len(data.classes), weights).to(data.train.x.device, memory_format=torch.channels_last)

@@ -27,11 +27,11 @@ from matplotlib.ticker import NullLocator
 from torch import nn
 
 from cnn_cifar.digit_training import fit, probabilities
-from cnn_cifar.inputs import Data, Split, load
+from cnn_cifar.inputs import Data, Split, load_splits
 from cnn_cifar.vit import ViT
 from cnn_cifar.zoo import OURS
 from shared_utils.checkpoint import load_arrays, save_arrays
-from shared_utils.cli import UserError, make_parser, positive_int, run_main, seed_number
+from shared_utils.cli import UserError, add_seeds, at_least, make_parser, positive_int, run_main
 from shared_utils.data import stratified_order
 from shared_utils.device import pick_device
 from shared_utils.plotting import line_style, new_figure, save_figure
@@ -60,13 +60,13 @@ def build_parser():
     """The command line."""
     quick = {"sizes": [32, 64], "epochs": 1, "least_updates": 2, "batch_size": 32, "seeds": [0, 1]}
     parser = make_parser(__doc__, quick=quick)
-    parser.add_argument("--batch-size", type=positive_int, default=64, help="images per update, at most")
+    parser.add_argument("--batch-size", type=at_least(2), default=64, help="images per update, at most")
     counts = "images to learn from, of all classes together"
-    parser.add_argument("--sizes", type=positive_int, nargs="+", default=[100, 1000, 10000, 60000], help=counts)
+    parser.add_argument("--sizes", type=at_least(2), nargs="+", default=[100, 1000, 10000, 60000], help=counts)
     parser.add_argument("--epochs", type=positive_int, default=2, help="passes over the images")
     least = "updates when so few images would give fewer: they are then passed over more often"
     parser.add_argument("--least-updates", type=positive_int, default=400, help=least)
-    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="other images, other starts")
+    add_seeds(parser, [0, 1, 2], "other images, other starts", least=2)
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16, with float32 parameters")
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that are missing")
     return parser
@@ -75,13 +75,8 @@ def build_parser():
 def main(argv=None) -> dict:
     """Train every arm on every size from every seed; returns the metrics."""
     args = build_parser().parse_args(argv)
-    if len(set(args.seeds)) < max(2, len(args.seeds)):
-        raise UserError("--seeds: an interval needs at least two seeds, each given once")
     device = pick_device(args.device)
-    if min(args.batch_size, *args.sizes) < 2:
-        raise UserError("--batch-size and --sizes: at least two images, BatchNorm learns from how they differ")
-    flags = argparse.Namespace(**{**vars(args), "val_size": 0, "batch_size": 1})
-    data = load(flags, device, shape=(1, 28, 28))
+    data = load_splits(args.dataset, args.data_dir, device, shape=(1, 28, 28))
     sizes = sorted(set(args.sizes))
     if sizes[-1] > len(data.train):
         raise UserError(f"--sizes {sizes[-1]}: there are {len(data.train)} images to train on")
@@ -127,7 +122,7 @@ def network_of(arm: str, num_classes: int) -> nn.Module:
 def trained(arm: str, size: int, seed: int, data: Data, args: argparse.Namespace, run: Run) -> dict:
     """What the .npz of a training holds, which is made unless history.csv has it."""
     path = run.path(f"{arm.lower().replace(', ', '_').replace(' ', '_')}_{size}_{seed}.npz")
-    if any((row["arm"], row["images"], row["seed"]) == (arm, str(size), str(seed)) for row in run.history()):
+    if run.row(arm=arm, images=size, seed=seed):
         return load_arrays(path, ("chosen", "seconds"))
     name, strong = ARMS[arm]
     order = stratified_order(data.train.y.cpu().numpy(), np.random.default_rng(args.seed + seed))[:size]

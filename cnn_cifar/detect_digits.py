@@ -16,7 +16,6 @@ Sources: Ren, He, Girshick and Sun 2015 (Faster R-CNN); He et al. 2017 (RoIAlign
 Shapes: B scenes (B, 1, 128, 128) of [0, 1], c the backbone's channels.
 """
 
-import argparse
 import time
 
 import numpy as np
@@ -29,7 +28,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from cnn_cifar.average_precision import THRESHOLDS, by_class, hits, precision_and_recall
-from cnn_cifar.inputs import load, pixels
+from cnn_cifar.inputs import load_splits, pixels
 from cnn_cifar.scenes import SIDE, draw_scenes
 from cnn_cifar.zoo import convolution
 from shared_utils import checkpoint
@@ -111,8 +110,7 @@ def main(argv=None) -> dict:
     if args.batch_size > args.scenes:
         raise UserError(f"--batch-size {args.batch_size}: there are {args.scenes} scenes to train on")
     device = pick_device(args.device)
-    flags = argparse.Namespace(**vars(args), val_size=0)
-    data = load(flags, torch.device("cpu"), shape=(1, 28, 28))
+    data = load_splits(args.dataset, args.data_dir, torch.device("cpu"), shape=(1, 28, 28))
     run = start_run(args)
     classes = len(data.classes)
     scenes, targets = draw_scenes(data.train.x, data.train.y, args.scenes, Generator().manual_seed(args.seed))

@@ -99,7 +99,7 @@ def main(argv=None) -> dict:
     test_seconds = time.perf_counter() - started
     chosen = "mirrored and shifted" if recipe.has("tta") else "plain"
     accuracy = found[chosen]
-    rows = [{key: float(value) for key, value in row.items()} for row in run.history()]
+    rows = run.numbers()
     save_figure(draw(rows, found, chosen, len(judged), f"{data.title}, {name} images"), run.path("fast_cifar.png"))
     return run.finish(
         {

@@ -22,7 +22,7 @@ import numpy as np
 
 from cnn_cifar.fast_training import INGREDIENTS, FastTraining, Recipe, accuracies
 from cnn_cifar.inputs import Data, add_data_flags, load
-from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main, seed_number
+from shared_utils.cli import add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
@@ -41,9 +41,7 @@ def build_parser():
     parser.add_argument("--epochs", type=positive_int, default=4, help="passes over the training images")
     widths = {"type": positive_int, "nargs": 3, "default": [32, 64, 128], "metavar": "C"}
     parser.add_argument("--widths", **widths, help="channels of the three blocks")
-    parser.add_argument(
-        "--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="one training of each rung each"
-    )
+    add_seeds(parser, [0, 1, 2], "one training of each rung each", least=2)
     tried = {"type": positive_float, "nargs": "+", "default": [0.03, 0.1, 0.3, 1.0]}
     parser.add_argument("--sgd-lrs", **tried, help="SGD's rates, of which the best for the first seed is taken")
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
@@ -54,10 +52,6 @@ def main(argv=None) -> dict:
     """Train every rung from every seed; returns the metrics."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    if not args.val_size:
-        raise UserError("--val-size 0: the ladder is measured on validation images, so there must be some")
-    if len(set(args.seeds)) < max(2, len(args.seeds)):
-        raise UserError("--seeds: an interval needs at least two seeds, each given once")
     data = load(args, device)
     run = start_run(args)
     without_all = Recipe(args.epochs, args.batch_size, tuple(args.widths), without=tuple(TRAINED))
@@ -110,10 +104,9 @@ def main(argv=None) -> dict:
 
 def trained(recipe: Recipe, rung: str, seed: int, data: Data, args, run: Run) -> dict:
     """The row of history.csv of one training, which is made unless it is there."""
-    key = {"rung": rung, "seed": str(seed), "sgd_lr": str(recipe.sgd_lr)}
-    for row in run.history():
-        if key.items() <= row.items():
-            return row
+    key = {"rung": rung, "seed": seed, "sgd_lr": recipe.sgd_lr}
+    if row := run.row(**key):
+        return row
     seed_everything(args.seed + seed)
     started = time.perf_counter()
     training = FastTraining(recipe, data.train, len(data.classes), args.seed + seed, amp=True)

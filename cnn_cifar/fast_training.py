@@ -18,6 +18,7 @@ from cnn_cifar.inputs import Split, logits_of, pixels, share
 from shared_utils.data import minibatches
 from shared_utils.device import autocast
 from shared_utils.muon import Muon
+from shared_utils.seeding import derived_seed
 
 INGREDIENTS = {
     "whitening": "a first layer that whitens 2×2 patches",
@@ -101,7 +102,7 @@ class FastTraining:
             len(self.train), recipe.batch_size, np.random.default_rng([self.seed, number]), drop_last=True
         )
         batches = torch.from_numpy(np.stack(list(order))).to(device)  # (updates, B)
-        generator = Generator(device).manual_seed(int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0]))
+        generator = Generator(device).manual_seed(derived_seed(self.seed, number))
         self.network.train()
         total = torch.zeros((), device=device)  # read once an epoch
         for step, batch in enumerate(batches, start=number * self.per_epoch):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shared_utils.cli import UserError, non_negative_int, positive_int
+from shared_utils.cli import UserError, at_least, positive_int
 from shared_utils.data import load_images, subset, train_val_split
 from shared_utils.device import autocast
 from shared_utils.modes import evaluating
@@ -44,10 +44,10 @@ class Data:
 
 
 def add_data_flags(parser: argparse.ArgumentParser, batch_size: int, val_size: int) -> None:
-    """The flags that `load` reads beside those of `make_parser`."""
+    """The flags that `load` reads beside those of `make_parser`; with a `val_size` above 0, 0 is refused."""
     parser.add_argument("--batch-size", type=positive_int, default=batch_size, help="images per update")
     held_out = "training images held out to choose by" + ("" if val_size else "; 0 trains on all of them")
-    parser.add_argument("--val-size", type=non_negative_int, default=val_size, help=held_out)
+    parser.add_argument("--val-size", type=at_least(min(val_size, 1)), default=val_size, help=held_out)
 
 
 def load(
@@ -56,17 +56,30 @@ def load(
     train_size: int | None = None,
     shape: tuple[int, int, int] | None = SHAPE,
 ) -> Data:
-    """The splits that the flags ask for, on `device`.
+    """`load_splits` by the flags. Errors: also `UserError` for a batch larger than what there is to train on."""
+    data = load_splits(args.dataset, args.data_dir, device, args.val_size, train_size, shape)
+    if args.batch_size > len(data.train):
+        raise UserError(f"--batch-size {args.batch_size}: there are {len(data.train)} images to train on")
+    return data
+
+
+def load_splits(
+    dataset: str,
+    data_dir: str,
+    device: torch.device,
+    val_size: int = 0,
+    train_size: int | None = None,
+    shape: tuple[int, int, int] | None = SHAPE,
+) -> Data:
+    """A data set's splits on `device`.
 
     train_size: so many of the images to train on, stratified. shape: None takes images of any size.
     Errors: `UserError` as `load_images`, `train_val_split`, `subset`.
     """
-    train, test = (load_images(args.dataset, split, args.data_dir, shape=shape) for split in ("train", "test"))
-    train, val = train_val_split(train, args.val_size) if args.val_size else (train, None)
+    train, test = (load_images(dataset, split, data_dir, shape=shape) for split in ("train", "test"))
+    train, val = train_val_split(train, val_size) if val_size else (train, None)
     if train_size:
         train = subset(train, train_size, np.random.default_rng(0))
-    if args.batch_size > len(train):
-        raise UserError(f"--batch-size {args.batch_size}: there are {len(train)} images to train on")
     splits = (
         images and Split(*(torch.from_numpy(part).to(device) for part in (images.x, images.y)))
         for images in (train, val, test)
@@ -77,14 +90,6 @@ def load(
 def pixels(x: Tensor) -> Tensor:
     """uint8 images as floats of [0, 1] in the channels-last layout: (B, C, H, W) → (B, C, H, W)."""
     return (x / 255).contiguous(memory_format=torch.channels_last)
-
-
-def check_study(side: int, seeds: list[int]) -> None:
-    """Refuse what a study of ResNets cannot be made of. Errors: `UserError` for a small side, or one seed alone."""
-    if side < SMALLEST:
-        raise UserError(f"--resize {side}: the network halves an image five times, give at least {SMALLEST}")
-    if len(set(seeds)) < max(2, len(seeds)):
-        raise UserError("--seeds: an interval needs at least two seeds, each given once")
 
 
 def resized(x: Tensor, side: int) -> Tensor:

@@ -18,7 +18,6 @@ Source: He et al. 2016, table 1 (which gives multiply-adds).
 Shapes: C channels, H W pixels.
 """
 
-import csv
 import math
 
 import torch
@@ -29,7 +28,7 @@ from cnn_cifar.models import allcnn_t, get_param_groups
 from cnn_cifar.resnet import RESNETS
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.plotting import COLORS, new_figure, save_figure
-from shared_utils.runs import replacing, start_run
+from shared_utils.runs import start_run, write_csv
 
 GROUPS = ("convolution_weights", "linear_weights", "biases", "batchnorm")
 STEM = ("conv1", "bn1")
@@ -152,10 +151,7 @@ def main(argv=None) -> dict:
     run = start_run(args)
     rows = layer_rows(model, size)
     stages = by_stage(rows)
-    with replacing(run.path("param_count.csv")) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(run.path("param_count.csv"), rows)
     print_table(rows)
     title = args.model.replace("resnet", "ResNet-").replace("allcnn", "All-CNN")
     title += (", CIFAR stem" if args.cifar_stem else "") + (", without shortcuts" if args.plain else "")

@@ -16,8 +16,6 @@ Writes predictions.png, predictions.csv, metrics.json.
 Shapes: N pictures, K classes.
 """
 
-import csv
-
 import numpy as np
 import torch
 from PIL import Image
@@ -28,7 +26,7 @@ from shared_utils.cli import make_parser, run_main
 from shared_utils.data import image_files, read_image
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
-from shared_utils.runs import replacing, start_run
+from shared_utils.runs import start_run, write_csv
 
 SHOWN = 16  # pictures in the figure, at most
 TOP = 3
@@ -77,12 +75,11 @@ def main(argv=None) -> dict:
         top = [{"class": classes[k], "probability": float(p[k])} for k in likeliest]
         print(f"{name}: " + ", ".join(f"{one['class']} {one['probability']:.1%}" for one in top))
         rows.append({"picture": name, "top": top})
-    with replacing(run.path("predictions.csv")) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(
-            ["picture", *(f"{what}_{i + 1}" for i in range(order.shape[1]) for what in ("class", "probability"))]
-        )
-        writer.writerows([row["picture"], *(value for one in row["top"] for value in one.values())] for row in rows)
+    table = []
+    for row in rows:
+        top = {f"{key}_{i}": value for i, one in enumerate(row["top"], 1) for key, value in one.items()}
+        table.append({"picture": row["picture"], **top})
+    write_csv(run.path("predictions.csv"), table)
     accuracy = {} if labels is None else {"accuracy": float((order[:, 0] == labels).mean())}
     truth = None if labels is None else [classes[label] for label in labels]
     save_figure(draw(x[:SHOWN], rows, truth, f"{state['title']} network on {source}"), run.path("predictions.png"))

@@ -35,7 +35,7 @@ from cnn_cifar.augment import random_crop, random_flip
 from cnn_cifar.inputs import Data, add_data_flags, load, loss_and_accuracy, pixels
 from cnn_cifar.models import get_param_groups, pixel_resnet
 from shared_utils.checkpoint import load_arrays, save_arrays
-from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main, seed_number
+from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import autocast, pick_device
 from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
@@ -60,7 +60,7 @@ def build_parser():
     parser.add_argument("--lrs", type=positive_float, nargs="+", default=[0.03, 0.1], help=rates)
     on = {"action": argparse.BooleanOptionalAction, "default": True}
     parser.add_argument("--amp", **on, help="compute in bfloat16, with float32 parameters")
-    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="one training of each network")
+    add_seeds(parser, [0, 1, 2], "one training of each network", least=2)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that are missing")
     return parser
 
@@ -70,11 +70,8 @@ def main(argv=None) -> dict:
     args = build_parser().parse_args(argv)
     if wrong := [depth for depth in args.depths if depth % 8 != 2 or depth < 10]:
         raise UserError(f"--depths {wrong[0]}: the networks have 8 n + 2 layers: 10, 18, 26, 34, 42, 50, 58, 66, …")
-    for flag, values, least in (("--depths", args.depths, 1), ("--seeds", args.seeds, 2)):
-        if len(set(values)) < max(least, len(values)):
-            raise UserError(f"{flag}: at least {least}, each given once")
-    if not args.val_size:
-        raise UserError("--val-size 0: the validation images choose the rate, so there must be some")
+    if len(set(args.depths)) < len(args.depths):
+        raise UserError("--depths: each once")
     device = pick_device(args.device)
     data = load(args, device, args.train_size)
     run = start_run(args)
@@ -141,9 +138,9 @@ def convolutions(network: nn.Module) -> list[nn.Parameter]:
 
 def train(depth: int, kind: str, lr: float, seed: int, data: Data, args, run: Run) -> dict:
     """Train one network unless that is done: its accuracies, train_loss, seconds, norms (U, L), losses (U,)."""
-    key = {"depth": str(depth), "kind": kind, "lr": str(lr), "seed": str(seed)}
+    key = {"depth": depth, "kind": kind, "lr": lr, "seed": seed}
     path = run.path(f"depth_{depth}_{kind}_{lr:g}_{seed}.npz")
-    row = next((row for row in run.history() if key.items() <= row.items()), None)
+    row = run.row(**key)
     if row is None:
         started = time.perf_counter()
         network, norms, losses = fit(depth, kind, lr, args.seed + seed, data, args)

@@ -29,8 +29,8 @@ Shapes: N images, B batch, K classes, F features.
 import argparse
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +39,13 @@ import torch.nn.functional as F
 from matplotlib.ticker import LogFormatter, NullLocator
 from torch import Tensor, nn
 
-from cnn_cifar.inputs import Data, Split, add_data_flags, check_study, load, pixels, resized, share
+from cnn_cifar.inputs import SMALLEST, Data, Split, add_data_flags, load, load_splits, pixels, resized, share
 from cnn_cifar.models import IMAGENET, Normalize, get_param_groups
 from cnn_cifar.pretrained import backbone, imagenet_weights, read_weights
 from cnn_cifar.resnet import ResNet
 from shared_utils import checkpoint
-from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main, seed_number
-from shared_utils.data import minibatches, stratified_order
+from shared_utils.cli import UserError, add_seeds, at_least, make_parser, positive_float, positive_int, run_main
+from shared_utils.data import endless_minibatches, stratified_order
 from shared_utils.device import autocast, pick_device
 from shared_utils.modes import evaluating
 from shared_utils.plotting import COLORS, image_grid, line_style, new_figure, save_figure
@@ -73,13 +73,13 @@ def build_parser():
     parser.add_argument("--epochs", type=positive_int, default=5, help="passes over the labelled images")
     least = "updates when so few images would give fewer: they are then passed over more often"
     parser.add_argument("--least-updates", type=positive_int, default=250, help=least)
-    parser.add_argument("--resize", type=positive_int, default=224, help="pixels of a side that the network sees")
+    parser.add_argument("--resize", type=at_least(SMALLEST), default=224, help="pixels of a side that the network sees")
     parser.add_argument("--width", type=positive_int, default=64, help="channels of the first stage (ResNet-18's: 64)")
     rates = {"type": positive_float, "nargs": "+", "default": [0.01, 0.1]}
     parser.add_argument("--lrs", **rates, help="highest learning rates of one cycle; each way gets the better one")
     on = {"action": argparse.BooleanOptionalAction, "default": True}
     parser.add_argument("--amp", **on, help="compute in bfloat16, with float32 parameters")
-    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0, 1, 2], help="other images, other starts")
+    add_seeds(parser, [0, 1, 2], "other images, other starts", least=2)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
     return parser
 
@@ -93,9 +93,6 @@ def main(argv=None) -> dict:
         raise UserError(f"--source {args.source}: pretraining on --dataset itself would use all of its labels")
     if min(args.batch_size, *args.labels) < 2:
         raise UserError("--batch-size and --labels: at least two images, BatchNorm learns from how they differ")
-    check_study(args.resize, args.seeds)
-    if not args.val_size:
-        raise UserError("--val-size 0: the validation images choose the learning rate, so there must be some")
     device = pick_device(args.device)
     data = load(args, device, shape=None)
     if max(args.labels) > len(data.train):
@@ -108,7 +105,9 @@ def main(argv=None) -> dict:
         given = imagenet_weights("resnet18", Path(args.data_dir) / "weights", instead)
     if given is not None:
         backbone(args.width, given, origin)  # refused before the run begins, not after
-    source = load_source(args, device) if args.source else None
+    source = None  # to pretrain on: nothing of it is held out
+    if args.source:
+        source = load_splits(args.source, args.data_dir, device, train_size=args.source_size, shape=None)
     run = start_run(args)
     if not args.resume:
         run.path("source.pth").unlink(missing_ok=True)  # of an earlier run, perhaps from another source
@@ -164,12 +163,6 @@ def main(argv=None) -> dict:
 # --- pretraining --------------------------------------------------------------------------------------------------
 
 
-def load_source(args: argparse.Namespace, device: torch.device) -> Data:
-    """The data set to pretrain on, none of it held out. Errors: as `load`."""
-    flags = argparse.Namespace(**{**vars(args), "dataset": args.source, "val_size": 0})
-    return load(flags, device, args.source_size, shape=None)
-
-
 def pretrained(source: Data, args: argparse.Namespace, run: Run) -> tuple[dict[str, Tensor], dict]:
     """A ResNet-18 trained on all of the source, which is kept as source.pth, and its metrics."""
     path = run.path("source.pth")
@@ -195,10 +188,9 @@ def pretrained(source: Data, args: argparse.Namespace, run: Run) -> tuple[dict[s
 
 def trained(way: str, count: int, seed: int, lr: float, given: dict[str, Tensor], data: Data, args, run: Run) -> dict:
     """The row of history.csv of one training, which is made unless it is there. data: of features for a frozen one."""
-    key = {"way": way, "labels": str(count), "seed": str(seed), "lr": str(lr)}
-    for row in run.history():
-        if key.items() <= row.items():
-            return row
+    key = {"way": way, "labels": count, "seed": seed, "lr": lr}
+    if row := run.row(**key):
+        return row
     started = time.perf_counter()
     device = data.train.y.device
     chosen = stratified_order(data.train.y.cpu().numpy(), np.random.default_rng(seed))[:count]
@@ -229,17 +221,6 @@ def updates_for(count: int, args) -> int:
     return max(args.least_updates, args.epochs * (count // args.batch_size))
 
 
-def batches(n: int, batch_size: int, updates: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """`updates` batches of positions in n images, pass after pass, each in another order."""
-    done = 0
-    while True:
-        for batch in minibatches(n, min(batch_size, n), rng, drop_last=True):
-            if done == updates:
-                return
-            yield batch
-            done += 1
-
-
 def seen(x: Tensor, side: int) -> Tensor:
     """What the network is given: uint8 images (B, 1 or 3, H, W) → floats of [0, 1] (B, 3, side, side).
 
@@ -254,7 +235,8 @@ def fit(network: nn.Module, split: Split, lr: float, updates: int, seed: int, ar
     optimizer = torch.optim.SGD(get_param_groups(network, 5e-4), lr=lr, momentum=0.9, nesterov=True)
     network.train()
     total = torch.zeros((), device=device)  # read once
-    for step, batch in enumerate(batches(len(split), args.batch_size, updates, np.random.default_rng(seed))):
+    batches = endless_minibatches(len(split), args.batch_size, np.random.default_rng(seed))
+    for step, batch in enumerate(islice(batches, updates)):
         batch = torch.from_numpy(batch).to(device)
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, updates, lr)

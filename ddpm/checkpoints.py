@@ -36,9 +36,7 @@ def load_model(
         model.load_state_dict(state["model"])
     except (KeyError, TypeError, ValueError, RuntimeError):  # a part is missing, or does not fit the others
         raise UserError(f"{path} holds no diffusion of ddpm") from None
-    for name, asked in (("dataset", args.dataset), ("val_size", val_size)):
-        if asked is not None and asked != learned[name]:
-            raise UserError(f"{path} was trained with --{name.replace('_', '-')} {learned[name]}, not {asked}")
+    checkpoint.refuse_other_data(path, learned, {"dataset": args.dataset, "val_size": val_size or learned["val_size"]})
     return model.to(device, memory_format=torch.channels_last).eval(), diffusion, state
 
 

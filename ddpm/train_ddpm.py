@@ -45,7 +45,7 @@ from shared_utils.muon import Muon
 from shared_utils.plotting import image_grid, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.schedules import one_cycle
-from shared_utils.seeding import seed_everything
+from shared_utils.seeding import derived_seed, seed_everything
 
 LEVELS = 10  # parts of the steps in which the validation loss is shown
 GRID, GRID_STEPS = 8, 20  # samples of a picture in each direction; DPM-Solver++'s steps for them
@@ -88,8 +88,7 @@ def train(args: argparse.Namespace, world: World) -> dict:
     device = world.device
     with main_first(world):
         data = load(args)
-    if args.batch_size % world.size:
-        raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes")
+    world.check(args.batch_size)
     if args.batch_size > len(data.train):
         raise UserError(f"--batch-size {args.batch_size}: there are {len(data.train)} images to train on")
     if min(args.val_images, len(data.val)) < LEVELS:
@@ -120,7 +119,7 @@ def train(args: argparse.Namespace, world: World) -> dict:
     learned = {"dataset": args.dataset, "val_size": len(data.val)}
     about = {"title": data.title, "config": {**model.config, **process, **learned}}
 
-    if args.resume and run.path("last.pth").exists():
+    if args.resume and run.path("last.pth").exists():  # in any number of processes: all draw the same
         state = checkpoint.load(run.path("last.pth"), expect=about["config"])
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
@@ -138,7 +137,7 @@ def train(args: argparse.Namespace, world: World) -> dict:
         batches = minibatches(len(x), args.batch_size, order, drop_last=True)
         for update, batch in enumerate(batches, start=epoch * per_epoch):
             # What is random in an update follows from seed and update, for the whole batch: processes share it out.
-            torch.manual_seed(int(np.random.SeedSequence([args.seed, update]).generate_state(1)[0]))
+            torch.manual_seed(derived_seed(args.seed, update))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = one_cycle(update, updates, group["peak"], rise=0.1)
@@ -251,7 +250,7 @@ def finish(
     args: argparse.Namespace, run: Run, model: UNet, losses: Tensor, levels: Tensor, seconds: float, data: Data
 ) -> dict:
     """The figure and the metrics."""
-    rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
+    rows = run.numbers()
     size = sum(p.numel() for p in model.parameters())
     about = f"{data.title}, {size:,} parameters, {args.schedule} schedule, T = {args.timesteps}"
     save_figure(draw_losses(losses.numpy(), levels.numpy(), rows, args, about), run.path("loss_plot.png"))

@@ -15,7 +15,7 @@ import numpy as np
 
 from mnist_svm_gabor.features import BANKS, Preparation
 from mnist_svm_gabor.protocol import Fold, choose_and_fit, default_grid, folds
-from shared_utils.cli import UserError, make_parser, non_negative_int, positive_int, run_main
+from shared_utils.cli import UserError, add_seeds, make_parser, positive_int, run_main
 from shared_utils.data import Images, load_images, stratified_order
 from shared_utils.device import pick_device
 from shared_utils.plotting import mean_std, new_figure, save_figure
@@ -32,9 +32,7 @@ def build_parser():
     parser = make_parser(__doc__, quick={"sizes": [100, 1000], "seeds": [0]})
     sizes = [100, 300, 1000, 3000, 10_000, 30_000, 60_000]
     parser.add_argument("--sizes", type=positive_int, nargs="+", default=sizes, help="training images")
-    parser.add_argument(
-        "--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2], help="one subset of each size per seed"
-    )
+    add_seeds(parser, [0, 1, 2], "one subset of each size per seed")
     return parser
 
 

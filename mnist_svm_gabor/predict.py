@@ -12,8 +12,6 @@ classifier saw.
 Writes predictions.png, predictions.csv, metrics.json.
 """
 
-import csv
-
 import numpy as np
 from PIL import Image
 
@@ -22,7 +20,7 @@ from shared_utils.cli import UserError, make_parser, run_main
 from shared_utils.data import image_files, load_images, read_image
 from shared_utils.device import pick_device
 from shared_utils.plotting import image_grid, new_figure, save_figure
-from shared_utils.runs import find_output, replacing, start_run
+from shared_utils.runs import find_output, start_run, write_csv
 
 SHOWN = 48  # pictures in the figure, at most
 
@@ -90,10 +88,7 @@ def main(argv=None) -> dict:
     ]
     for row in rows:
         print(f"{row['picture']}: {row['prediction']} (runner-up {row['runner_up']})")
-    with replacing(run.path("predictions.csv")) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(run.path("predictions.csv"), rows)
 
     shown = min(len(x), SHOWN)
     columns = min(shown, 12)

@@ -34,7 +34,7 @@ from nl_regression.fitting import UPDATES_PER_EPOCH, epoch_batches, evaluate, fi
 from nl_regression.model import EnsembleMLP
 from nl_regression.recipes import RECIPES, Recipe, points_of
 from nl_regression.target import target
-from shared_utils.cli import UserError, make_parser, positive_int, run_main
+from shared_utils.cli import at_least, make_parser, positive_int, run_main
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -48,10 +48,10 @@ def build_parser():
     quick = {"groups": [1, 4], "epochs": 2, "repeats": 1, "alone": 1, "width": 64, "parity_epochs": 2, "threads": [1]}
     parser = make_parser(__doc__, dataset=None, quick=quick)
     parser.add_argument("--groups", type=positive_int, nargs="+", default=[1, 2, 5, 10, 20], help="networks at once")
-    parser.add_argument("--epochs", type=positive_int, default=3, help=f"of {UPDATES_PER_EPOCH} updates, 2 or more")
+    parser.add_argument("--epochs", type=at_least(2), default=3, help=f"of {UPDATES_PER_EPOCH} updates, 2 or more")
     parser.add_argument("--repeats", type=positive_int, default=3, help="times that each is measured")
     parser.add_argument("--alone", type=positive_int, default=3, help="networks trained one after another")
-    parser.add_argument("--n", type=positive_int, default=500, help="points of each network, 2 or more")
+    parser.add_argument("--n", type=at_least(2), default=500, help="points of each network, 2 or more")
     parser.add_argument("--width", type=positive_int, default=256, help="units of a hidden layer")
     parser.add_argument(
         "--threads", type=positive_int, nargs="+", default=[1, 2], help="on a CPU; 1 is always measured"
@@ -172,7 +172,7 @@ def time_updates(
 ) -> float:
     """Seconds of an update of one network, the least over the epochs: `group` networks together or one by one."""
     rngs, points = zip(*(points_of(n, trial, seed) for trial in range(group)), strict=True)
-    model = EnsembleMLP(group, recipe.width, recipe.depth, recipe.features, sigma=recipe.sigma, rngs=rngs).to(device)
+    model = recipe.model(rngs).to(device)
     how = {"epochs": recipe.epochs, "lr": recipe.lr, "batch_size": recipe.batch_size}
     clock, timed = clock_of(threads, device), []
     with cpu_threads(threads):
@@ -212,8 +212,6 @@ def work(recipe: Recipe) -> tuple[float, float]:
 def main(argv=None) -> dict:
     """Measure; returns the metrics."""
     args = build_parser().parse_args(argv)
-    if args.epochs < 2 or args.n < 2:
-        raise UserError(f"--epochs {args.epochs} --n {args.n}: both must be at least 2 (the first epoch warms up)")
     device = pick_device(args.device)
     run = start_run(args)
     seed_everything(args.seed)

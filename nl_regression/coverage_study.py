@@ -28,11 +28,10 @@ from scipy.linalg import LinAlgError, cho_solve, cholesky
 from sklearn.metrics import roc_auc_score
 
 from nl_regression.fitting import Fit, fit
-from nl_regression.model import EnsembleMLP
-from nl_regression.recipes import Recipe, points_of
+from nl_regression.recipes import HOW, Recipe, points_of
 from nl_regression.results import KNOWS, Networks
 from nl_regression.target import GRID, IN_POINTS, deltas, target
-from shared_utils.cli import UserError, make_parser, positive_int, run_main
+from shared_utils.cli import UserError, at_least, make_parser, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
 from shared_utils.runs import find_output, read_json, replacing, start_run
@@ -47,8 +46,8 @@ METHODS = ("network", "cubic spline", "Gaussian process", "least norm")
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None, quick={"n": 60, "members": 3})
-    parser.add_argument("--n", type=positive_int, default=200, help="points of the ensemble's networks, 2 or more")
-    parser.add_argument("--members", type=positive_int, default=10, help="networks of the ensemble, 2 or more")
+    parser.add_argument("--n", type=at_least(2), default=200, help="points of the ensemble's networks, 2 or more")
+    parser.add_argument("--members", type=at_least(2), default=10, help="networks of the ensemble, 2 or more")
     return parser
 
 
@@ -103,9 +102,7 @@ def least_norm(x: np.ndarray, y: np.ndarray, frequencies: np.ndarray) -> np.ndar
 def train_ensemble(recipe: Recipe, x: np.ndarray, members: int, seed: int, device) -> Fit:
     """`members` networks on the same points x (n,), each with features, weights and batches of its own."""
     rngs = [np.random.default_rng([seed, len(x), member, 1]) for member in range(members)]  # 4 numbers: no sweep's own
-    model = EnsembleMLP(members, recipe.width, recipe.depth, recipe.features, sigma=recipe.sigma, rngs=rngs).to(device)
-    how = {key: getattr(recipe, key) for key in ("epochs", "lr", "optimizer", "schedule", "batch_size")}
-    return fit(model, [x] * members, rngs, **how)
+    return fit(recipe.model(rngs).to(device), [x] * members, rngs, **{key: getattr(recipe, key) for key in HOW})
 
 
 def band_metrics(mean: np.ndarray, std: np.ndarray) -> dict:
@@ -136,8 +133,6 @@ def keyed(table: dict) -> dict:
 def main(argv=None) -> dict:
     """Measure all methods on the sweep's points, train the ensemble, draw; returns the metrics."""
     args = build_parser().parse_args(argv)
-    if args.n < 2 or args.members < 2:
-        raise UserError(f"--n {args.n} --members {args.members}: both must be at least 2")
     device = pick_device(args.device)
     networks = Networks.load(find_output(args, "sweep", "last.npz"))
     flags = argparse.Namespace(**read_json(find_output(args, "sweep", "config.json"))["flags"])

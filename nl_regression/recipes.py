@@ -36,6 +36,7 @@ RECIPES = {
         "epochs": 500,
     },
 }
+HOW = ("epochs", "lr", "optimizer", "schedule", "batch_size", "beta2")  # of a recipe, for `fit`
 
 
 def add_recipe_flags(parser: ExperimentParser, recipe: str = "interpolating") -> None:
@@ -78,6 +79,10 @@ class Recipe:
         inputs = f"{self.features} Fourier features, σ = {self.sigma:g}" if self.features else "raw input"
         return f"{inputs}, {self.optimizer}, learning rate {self.lr:g} ({self.schedule}), {self.epochs} epochs"
 
+    def model(self, rngs: Sequence[np.random.Generator]) -> EnsembleMLP:
+        """The networks as they start, one for each generator, on the CPU."""
+        return EnsembleMLP(len(rngs), self.width, self.depth, self.features, sigma=self.sigma, rngs=rngs)
+
     def train(
         self, sizes: Sequence[int], trials: Sequence[int], seed: int, device: torch.device, after_epoch=None
     ) -> tuple[EnsembleMLP, Fit]:
@@ -87,20 +92,8 @@ class Recipe:
         network whichever others are trained beside it. after_epoch(epoch, model) is called after each epoch.
         """
         rngs, points = zip(*(points_of(n, trial, seed) for n, trial in zip(sizes, trials, strict=True)), strict=True)
-        model = EnsembleMLP(len(sizes), self.width, self.depth, self.features, sigma=self.sigma, rngs=rngs).to(device)
-        found = fit(
-            model,
-            points,
-            rngs,
-            epochs=self.epochs,
-            lr=self.lr,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-            batch_size=self.batch_size,
-            beta2=self.beta2,
-            after_epoch=after_epoch,
-        )
-        return model, found
+        model = self.model(rngs).to(device)
+        return model, fit(model, points, rngs, **{key: getattr(self, key) for key in HOW}, after_epoch=after_epoch)
 
 
 def points_of(n: int, trial: int, seed: int) -> tuple[np.random.Generator, np.ndarray]:

@@ -65,3 +65,14 @@ class Networks:
             writer.writerow(("n", "trial", "train_mse", "delta_in", "delta_out", "diverged_at"))
             for row in zip(self.n, self.trial, self.train_mse, delta_in, delta_out, self.diverged_at, strict=True):
                 writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row)
+
+
+def plain(row: dict) -> dict:
+    """The row with None for what is not a number (a network diverged): JSON has no NaN."""
+
+    def one(value):
+        if isinstance(value, list):
+            return [one(item) for item in value]
+        return None if isinstance(value, float) and not np.isfinite(value) else value
+
+    return {key: one(value) for key, value in row.items()}

@@ -30,7 +30,7 @@ from nl_regression.fitting import evaluate
 from nl_regression.model import EnsembleMLP
 from nl_regression.recipes import RECIPES, Recipe, add_recipe_flags, points_of
 from nl_regression.target import GRID, IN_POINTS, deltas, local_frequency, target
-from shared_utils.cli import UserError, make_parser, positive_int, run_main
+from shared_utils.cli import UserError, at_least, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -68,7 +68,7 @@ def build_parser():
     parser = make_parser(__doc__, dataset=None, quick={"n": 200, "trials": 2, "epochs": 20, "width": 64})
     add_recipe_flags(parser)
     parser.set_defaults(epochs=300)  # for all methods: raw input needs longer than the recipe's
-    parser.add_argument("--n", type=positive_int, default=1000, help="points of each network, 2 or more")
+    parser.add_argument("--n", type=at_least(2), default=1000, help="points of each network, 2 or more")
     parser.add_argument("--trials", type=positive_int, default=3, help="networks of each method")
     return parser
 
@@ -133,8 +133,6 @@ def main(argv=None) -> dict:
     """Train each method, split its residuals, draw; returns the metrics."""
     args = build_parser().parse_args(argv)
     recipe = Recipe.of(args)
-    if args.n < 2:
-        raise UserError(f"--n {args.n}: a network needs at least 2 points")
     if not recipe.features:
         raise UserError("--features 0: the comparison with raw input needs Fourier features")
     device = pick_device(args.device)

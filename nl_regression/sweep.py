@@ -18,9 +18,9 @@ Shapes: M networks, T trials, n points, G grid points.
 import numpy as np
 
 from nl_regression.recipes import Recipe, add_recipe_flags, points_of
-from nl_regression.results import FITS, KNOWS, Networks
+from nl_regression.results import FITS, KNOWS, Networks, plain
 from nl_regression.target import GRID, deltas, target
-from shared_utils.cli import UserError, make_parser, positive_int, run_main
+from shared_utils.cli import UserError, at_least, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, line_style, mean_std, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -37,10 +37,8 @@ def build_parser():
     quick = {"sizes": [10, 60], "table": [8], "trials": 2, "epochs": 20, "width": 64}
     parser = make_parser(__doc__, dataset=None, quick=quick)
     add_recipe_flags(parser)
-    parser.add_argument("--sizes", type=positive_int, nargs="+", default=SIZES, help="numbers of points, 2 or more")
-    parser.add_argument(
-        "--table", type=positive_int, nargs="*", default=TABLE, help="further sizes trained, for the table"
-    )
+    parser.add_argument("--sizes", type=at_least(2), nargs="+", default=SIZES, help="numbers of points, 2 or more")
+    parser.add_argument("--table", type=at_least(2), nargs="*", default=TABLE, help="further sizes, for the table")
     parser.add_argument("--trials", type=positive_int, default=5, help="networks for each size")
     parser.add_argument("--resume", action="store_true", help="go on with the sizes that last.npz lacks")
     return parser
@@ -49,9 +47,6 @@ def build_parser():
 def main(argv=None) -> dict:
     """Train the sizes that are missing, group by group; draw; returns the metrics."""
     args = build_parser().parse_args(argv)
-    for flag, given in (("--sizes", args.sizes), ("--table", args.table)):
-        if given and min(given) < 2:
-            raise UserError(f"{flag} {min(given)}: a network needs at least 2 points")
     sizes = sorted({*args.sizes, *args.table})
     device, recipe = pick_device(args.device), Recipe.of(args)
     run = start_run(args)
@@ -101,11 +96,6 @@ def main(argv=None) -> dict:
         "diverged": np.stack([bad.n, bad.trial, bad.diverged_at], axis=1),  # n, trial and update of each that did
     }
     return run.finish(plain(metrics))
-
-
-def plain(row: dict) -> dict:
-    """The row with None for what is not a number (every network diverged): JSON has no NaN."""
-    return {key: None if isinstance(value, float) and not np.isfinite(value) else value for key, value in row.items()}
 
 
 def summary(networks: Networks) -> dict:

@@ -19,7 +19,7 @@ from nl_regression.model import EnsembleMLP
 from nl_regression.recipes import Recipe, add_recipe_flags, points_of
 from nl_regression.target import GRID, deltas, target
 from shared_utils import checkpoint
-from shared_utils.cli import UserError, make_parser, positive_int, run_main
+from shared_utils.cli import UserError, at_least, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, line_style, mean_std, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -32,7 +32,7 @@ def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None, quick={"n": 60, "trials": 2, "epochs": 20, "width": 64})
     add_recipe_flags(parser)
-    parser.add_argument("--n", type=positive_int, default=100, help="points of each network, 2 or more")
+    parser.add_argument("--n", type=at_least(2), default=100, help="points of each network, 2 or more")
     parser.add_argument("--trials", type=positive_int, default=5, help="networks")
     return parser
 
@@ -40,8 +40,6 @@ def build_parser():
 def main(argv=None) -> dict:
     """Train, draw; returns the metrics."""
     args = build_parser().parse_args(argv)
-    if args.n < 2:
-        raise UserError(f"--n {args.n}: a network needs at least 2 points")
     device, recipe = pick_device(args.device), Recipe.of(args)
     run = start_run(args)
     seed_everything(args.seed)

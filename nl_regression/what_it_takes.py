@@ -26,12 +26,11 @@ import numpy as np
 import torch
 from matplotlib.ticker import LogLocator, NullLocator
 
-from nl_regression.fitting import Fit, fit
 from nl_regression.model import EnsembleMLP
-from nl_regression.recipes import RECIPES, Recipe, points_of
+from nl_regression.recipes import RECIPES, Recipe
 from nl_regression.results import FITS
 from nl_regression.target import deltas
-from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main
+from shared_utils.cli import at_least, make_parser, positive_float, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -49,22 +48,13 @@ class ScaledRecipe(Recipe):
 
     def model(self, rngs: Sequence[np.random.Generator]) -> EnsembleMLP:
         """The networks as they start, one for each generator; without changes those of `Recipe`."""
-        model = EnsembleMLP(len(rngs), self.width, self.depth, self.features, sigma=self.sigma, rngs=rngs)
+        model = super().model(rngs)
         with torch.no_grad():
             model.weights[0].mul_(self.scale)  # (M, 1, d) with raw input
             if self.spread_kinks:
                 kinks = torch.from_numpy(np.stack([rng.uniform(0, 1, (1, self.width)) for rng in rngs]))  # (M, 1, d)
                 model.biases[0].copy_(-model.weights[0] * kinks)
         return model
-
-    def train(
-        self, sizes: Sequence[int], trials: Sequence[int], seed: int, device: torch.device, after_epoch=None
-    ) -> tuple[EnsembleMLP, Fit]:
-        """As `Recipe.train`, from this first layer."""
-        rngs, points = zip(*(points_of(n, trial, seed) for n, trial in zip(sizes, trials, strict=True)), strict=True)
-        model = self.model(rngs).to(device)
-        how = {key: getattr(self, key) for key in ("epochs", "lr", "optimizer", "schedule", "batch_size", "beta2")}
-        return model, fit(model, points, rngs, **how, after_epoch=after_epoch)
 
 
 @dataclass(frozen=True)
@@ -110,7 +100,7 @@ def build_parser():
     """The command line."""
     quick = {"sizes": [10, 20, 40], "trials": 2, "epochs": 5, "width": 32}
     parser = make_parser(__doc__, dataset=None, quick=quick)
-    parser.add_argument("--sizes", type=positive_int, nargs="+", default=[32, 256, 1000], help="points, 2 or more")
+    parser.add_argument("--sizes", type=at_least(2), nargs="+", default=[32, 256, 1000], help="points, 2 or more")
     parser.add_argument("--trials", type=positive_int, default=2, help="networks of each size and rung")
     parser.add_argument(
         "--epochs",
@@ -127,8 +117,6 @@ def main(argv=None) -> dict:
     """Train every rung at every size, draw; returns the metrics."""
     args = build_parser().parse_args(argv)
     sizes = sorted(set(args.sizes))
-    if sizes[0] < 2:
-        raise UserError(f"--sizes {sizes[0]}: a network needs at least 2 points")
     device = pick_device(args.device)
     run = start_run(args)
     seed_everything(args.seed)

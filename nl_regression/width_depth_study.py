@@ -20,9 +20,9 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullLocator
 
 from nl_regression.recipes import Recipe, add_recipe_flags
-from nl_regression.results import FITS
+from nl_regression.results import FITS, plain
 from nl_regression.target import deltas
-from shared_utils.cli import UserError, make_parser, positive_int, run_main
+from shared_utils.cli import UserError, at_least, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import mean_std, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -40,7 +40,7 @@ def build_parser():
     add_recipe_flags(parser)
     parser.add_argument("--widths", type=positive_int, nargs="+", default=WIDTHS, help="at depth --depth")
     parser.add_argument("--depths", type=positive_int, nargs="+", default=DEPTHS, help="at width --width")
-    parser.add_argument("--n", type=positive_int, default=200, help="points of each network, 2 or more")
+    parser.add_argument("--n", type=at_least(2), default=200, help="points of each network, 2 or more")
     parser.add_argument("--trials", type=positive_int, default=3, help="networks of each shape")
     return parser
 
@@ -48,8 +48,6 @@ def build_parser():
 def main(argv=None) -> dict:
     """Train every shape, compare, draw; returns the metrics."""
     args = build_parser().parse_args(argv)
-    if args.n < 2:
-        raise UserError(f"--n {args.n}: a network needs at least 2 points")
     device, recipe = pick_device(args.device), Recipe.of(args)
     run = start_run(args)
     seed_everything(args.seed)
@@ -97,17 +95,6 @@ def measure(recipe: Recipe, args, device) -> dict:
     row["diverged"] = int((~fine).sum())
     row["meets_its_points"] = bool(fine.all() and fit.train_mse.max() <= FITS)
     return {**row, "training_seconds": seconds}
-
-
-def plain(row: dict) -> dict:
-    """The row with None for what is not a number (a network diverged): JSON has no NaN."""
-
-    def one(value):
-        if isinstance(value, list):
-            return [one(item) for item in value]
-        return None if isinstance(value, float) and not np.isfinite(value) else value
-
-    return {key: one(value) for key, value in row.items()}
 
 
 def finding(rows: list[dict], what: str) -> dict:

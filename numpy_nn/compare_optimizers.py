@@ -31,7 +31,7 @@ from numpy_nn.layers import Linear
 from numpy_nn.losses import NotFinite, SoftmaxCrossEntropy
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import SGD, Adam, RMSprop
-from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.plotting import COLORS, DASHES, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -210,7 +210,7 @@ def build_parser():
     """The command line."""
     quick = {"epochs": 6, "seeds": [0, 1], "lrs": [0.01, 0.1], "steps": 100}
     parser = make_parser(__doc__, dataset=None, device=False, quick=quick)
-    parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2], help="one toy run each")
+    add_seeds(parser, [0, 1, 2], "one toy run each")
     parser.add_argument("--epochs", type=positive_int, default=100, help=f"passes over {N_TRAIN} toy points")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="toy points per update")
     parser.add_argument("--hidden", type=positive_int, default=32, help="width of the two hidden layers")

@@ -4,6 +4,7 @@ Shapes: N images, B batch, K classes.
 """
 
 from collections.abc import Callable
+from itertools import islice
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from numpy_nn.layers import Flatten, Linear, PatchEmbedding
 from numpy_nn.losses import SoftmaxCrossEntropy
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import SGD
-from shared_utils.data import minibatches
+from shared_utils.data import endless_minibatches
 
 PATCH, DIM = 4, 8
 
@@ -25,10 +26,7 @@ def embedding_network(rng: np.random.Generator, n_classes: int, dtype=np.float32
 
 def batch_order(n: int, updates: int, batch_size: int, seed: int) -> list[np.ndarray]:
     """The index arrays of `updates` batches, epoch after epoch."""
-    rng, order = np.random.default_rng(seed), []
-    while len(order) < updates:
-        order += list(minibatches(n, batch_size, rng, drop_last=n >= batch_size))
-    return order[:updates]
+    return list(islice(endless_minibatches(n, batch_size, np.random.default_rng(seed)), updates))
 
 
 def stepper(network: Sequential, x: np.ndarray, y: np.ndarray, lr: float) -> Callable:

@@ -32,18 +32,14 @@ def load_network(weights: Path, data: Inputs) -> Sequential:
     about = read_json(described)
     try:
         hidden, activation, inputs, classes = (about[key] for key in ("hidden", "activation", "inputs", "classes"))
-        if activation not in ACTIVATIONS or not all(
-            isinstance(width, int) and width > 0 for width in [*hidden, inputs]
-        ):
-            raise ValueError(f"{described} describes no network of train_mlp.py")
-        network = build_mlp(hidden, activation, inputs, len(classes))
-        network.load(weights)
+        sizes = [*hidden, inputs, len(classes)]
+        known = activation in ACTIVATIONS and all(isinstance(size, int) and size > 0 for size in sizes)
     except (KeyError, TypeError):
-        raise UserError(f"{described} describes no network of train_mlp.py") from None
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(str(error)) from None
+        known = False
+    if not known:
+        raise UserError(f"{described} describes no network of train_mlp.py")
+    network = build_mlp(hidden, activation, inputs, len(classes))
+    network.load(weights)
     if inputs != data.x_test[0].size or tuple(classes) != data.classes:
         raise UserError(f"{weights} was trained on the classes {', '.join(classes)}, not on those of this --dataset")
     return network

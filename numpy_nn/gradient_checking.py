@@ -15,7 +15,6 @@ Writes gradient_errors.png, gradcheck_h.png, mutation_table.png, gradient_checks
 Source: CS231n notes, "Gradient checks"; Squire and Trapp 1998 for the complex step.
 """
 
-import csv
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -26,7 +25,7 @@ from numpy_nn.complex_step import build_cases, central_difference, complex_step,
 from numpy_nn.mutations import Mutation, build_mutations, planted
 from shared_utils.cli import make_parser, positive_float, positive_int, run_main
 from shared_utils.plotting import COLORS, DASHES, new_figure, save_figure
-from shared_utils.runs import Run, replacing, start_run
+from shared_utils.runs import start_run, write_csv
 from shared_utils.seeding import seed_everything
 
 FLOOR = 1e-17  # errors below it are drawn there: some are exactly 0
@@ -117,7 +116,7 @@ def main(argv=None) -> dict:
     rows = table_of_errors(args.seed, args.h, args.complex_h)
     for row in rows:
         print("  ".join(f"{value:.1e}" if isinstance(value, float) else f"{value:<32}" for value in row.values()))
-    write_csv(run, "gradient_checks.csv", rows)
+    write_csv(run.path("gradient_checks.csv"), rows)
     save_figure(draw_errors(rows, args), run.path("gradient_errors.png"))
 
     sweeps = sweep_h(args.seed, args.per_decade)
@@ -134,7 +133,7 @@ def main(argv=None) -> dict:
         print(f"{row['subject']:<20} {row['bug']:<38} {', '.join(by) or 'NOT CAUGHT'}")
     for alarm in alarms:
         print(f"false alarm: {alarm}")
-    write_csv(run, "mutations.csv", table)
+    write_csv(run.path("mutations.csv"), table)
     save_figure(draw_mutations(judged), run.path("mutation_table.png"), dpi=100)
 
     outcomes = np.array([[{True: 0, False: 1, None: -1}[v] for v in verdicts] for _, verdicts in judged])
@@ -160,14 +159,6 @@ def main(argv=None) -> dict:
             "rows": rows,
         }
     )
-
-
-def write_csv(run: Run, name: str, rows: list[dict]) -> None:
-    """Rows with the same keys, as a table with a header."""
-    with replacing(run.path(name)) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def draw_errors(rows: list[dict], args):

@@ -28,9 +28,9 @@ from numpy_nn.network import Sequential
 from numpy_nn.optimizers import Adam
 from shared_utils.cli import (
     UserError,
+    add_seeds,
     make_parser,
     non_negative_float,
-    non_negative_int,
     positive_float,
     positive_int,
     run_main,
@@ -73,7 +73,7 @@ def build_parser():
     parser.add_argument("--lr", type=positive_float, default=0.01, help="Adam's rate at the start; a cosine from there")
     parser.add_argument("--train-points", type=positive_int, default=200, help="for the wave; twice as many in 2-D")
     parser.add_argument("--noise", type=non_negative_float, default=0.2, help="its deviation; half of it in 2-D")
-    parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=list(range(10)), help="one fit for each")
+    add_seeds(parser, list(range(10)), "one fit for each")
     return parser
 
 
@@ -169,7 +169,7 @@ def main(argv=None) -> dict:
     """Fit both functions by both means with every seed; returns the metrics."""
     args = build_parser().parse_args(argv)
     seed_everything(args.seed)
-    seeds = list(dict.fromkeys(args.seeds))
+    seeds = args.seeds
     run = start_run(args)
     metrics: dict = {"seeds": seeds, "widths": args.widths, "activation": args.activation}
     for dim, (name, _) in FUNCTIONS.items():

@@ -19,7 +19,6 @@ Writes curves.png, comparison.csv, history.csv and metrics.json. Source: Boureau
 Shapes: B batch, C channels, H W pixels, K classes.
 """
 
-import csv
 import itertools
 import math
 import time
@@ -33,10 +32,10 @@ from numpy_nn.layers import Flatten, Layer, Linear
 from numpy_nn.losses import NotFinite, SoftmaxCrossEntropy
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import Adam
-from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches, stratified_order
 from shared_utils.plotting import COLORS, mean_std, new_figure, save_figure
-from shared_utils.runs import Diverged, replacing, start_run
+from shared_utils.runs import Diverged, start_run, write_csv
 from shared_utils.stats import mcnemar, wilson_interval
 from shared_utils.stats import mean_std as mean_and_std
 
@@ -123,8 +122,7 @@ def build_parser():
     quick = {"epochs": 3, "seeds": [0, 1], "train_size": 600, "batch_size": 32, "lrs": [0.003, 0.01]}
     parser = make_parser(__doc__, device=False, quick=quick)
     parser.add_argument("--epochs", type=positive_int, default=3, help="passes over the training images")
-    seeds = [0, 1, 2, 3, 4]
-    parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=seeds, help="one run of each variant")
+    add_seeds(parser, [0, 1, 2, 3, 4], "one run of each variant")
     parser.add_argument("--train-size", type=positive_int, default=20_000, help="training images, stratified")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images per update")
     lrs = [0.003, 0.01, 0.03]
@@ -139,7 +137,7 @@ def main(argv=None) -> dict:
     if args.train_size > len(data.y_train):
         raise UserError(f"--train-size {args.train_size}: {args.dataset} has {len(data.y_train)} beside validation")
     run = start_run(args)
-    seeds = list(dict.fromkeys(args.seeds))
+    seeds = args.seeds
     # The variants in turn: a machine that slows down slows all of them.
     lrs = sorted(set(args.lrs))
     trials = {(v, lr): trial(v, lr, seeds[0], data, args, run) for lr in lrs for v in VARIANTS}
@@ -179,10 +177,7 @@ def main(argv=None) -> dict:
 
     lists = ("first_seed_interval", "lr_grid", "lr_val_losses")  # in metrics.json alone
     table = [{"variant": v, **{k: x for k, x in row.items() if k not in lists}} for v, row in variants.items()]
-    with replacing(run.path("comparison.csv")) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(table[0]))
-        writer.writeheader()
-        writer.writerows(table)
+    write_csv(run.path("comparison.csv"), table)
     for row in table:
         spread = f"{100 * row['test_accuracy']:.2f} ± {100 * row['test_accuracy_std']:.2f} %"
         print(

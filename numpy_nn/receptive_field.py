@@ -17,7 +17,6 @@ Writes receptive_field.png, receptive_field.csv, metrics.json.
 Shapes: N images, C channels, H W pixels.
 """
 
-import csv
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +27,7 @@ from numpy_nn.layers import Layer
 from numpy_nn.network import Sequential
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.plotting import COLORS, new_figure, save_figure
-from shared_utils.runs import replacing, start_run
+from shared_utils.runs import start_run, write_csv
 from shared_utils.seeding import seed_everything
 
 MASS = 0.9545
@@ -189,10 +188,7 @@ def main(argv=None) -> dict:
                 }
             )
             print("  ".join(f"{v:.1f}" if isinstance(v, float) else f"{v!s:>8}" for v in rows[-1].values()))
-    with replacing(run.path("receptive_field.csv")) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(run.path("receptive_field.csv"), rows)
     save_figure(draw(rows, maps), run.path("receptive_field.png"))
 
     last = {row["architecture"]: row for row in rows}

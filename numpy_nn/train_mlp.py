@@ -25,7 +25,7 @@ from numpy_nn.inputs import Inputs, evaluate, load_inputs
 from numpy_nn.losses import NotFinite, SoftmaxCrossEntropy
 from numpy_nn.mlp import ACTIVATIONS, build_mlp
 from numpy_nn.optimizers import Adam
-from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, add_seeds, make_parser, non_negative_int, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.plotting import COLORS, DASHES, mean_std, new_figure, save_figure
 from shared_utils.runs import start_run, write_json
@@ -94,7 +94,7 @@ def build_parser():
     quick = {"epochs": 6, "seeds": [0, 1], "hidden": [64, 32], "batch_size": 16}
     parser = make_parser(__doc__, device=False, quick=quick)
     parser.add_argument("--activations", nargs="+", choices=ACTIVATIONS, default=list(ACTIVATIONS), help="compared")
-    parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2], help="one network each")
+    add_seeds(parser, [0, 1, 2], "one network each")
     parser.add_argument("--epochs", type=positive_int, default=15, help="passes over the training images")
     parser.add_argument("--batch-size", type=positive_int, default=128, help="images per update")
     parser.add_argument("--lr", type=positive_float, default=2e-3, help="the highest learning rate")
@@ -109,7 +109,7 @@ def main(argv=None) -> dict:
     args = build_parser().parse_args(argv)
     data = load_inputs(args)
     run = start_run(args)
-    activations, seeds = list(dict.fromkeys(args.activations)), list(dict.fromkeys(args.seeds))
+    activations, seeds = list(dict.fromkeys(args.activations)), args.seeds
     found = {a: [train(a, seed, data, args, run) for seed in seeds] for a in activations}
 
     table = {}

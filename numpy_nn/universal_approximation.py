@@ -24,7 +24,7 @@ from numpy_nn.layers import Linear
 from numpy_nn.losses import MSE, NotFinite
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import Adam
-from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.plotting import COLORS, mean_std, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -47,7 +47,7 @@ def build_parser():
     quick = {"epochs": 40, "widths": [2, 8, 32], "seeds": [0, 1]}
     parser = make_parser(__doc__, dataset=None, device=False, quick=quick)
     parser.add_argument("--widths", type=positive_int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="hidden units")
-    parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2, 3], help="one fit for each")
+    add_seeds(parser, [0, 1, 2, 3], "one fit for each")
     parser.add_argument("--epochs", type=positive_int, default=1000, help=f"passes over the {TRAIN_POINTS} points")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="points an update")
     parser.add_argument("--lr", type=positive_float, default=0.02, help="Adam's rate at the start")
@@ -105,7 +105,7 @@ def main(argv=None) -> dict:
     """Fit every function with every width and seed; returns the metrics."""
     args = build_parser().parse_args(argv)
     seed_everything(args.seed)
-    widths, seeds = sorted(set(args.widths)), list(dict.fromkeys(args.seeds))
+    widths, seeds = sorted(set(args.widths)), args.seeds
     run = start_run(args)
     x = np.linspace(-1, 1, TRAIN_POINTS, dtype=np.float32)[:, None]  # (N, 1)
     x_test = np.linspace(-1, 1, TEST_POINTS, dtype=np.float32)[:, None]  # most of them between the points of x

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from numpy_nn.activations import ReLU
-from numpy_nn.cnn import build_network
+from numpy_nn.cnn import RECIPES, build_network
 from numpy_nn.conv import Conv2d
 from numpy_nn.inputs import CHUNK, load_inputs, predict_logits
 from numpy_nn.losses import log_softmax
@@ -32,16 +32,11 @@ FILTER_COLUMNS, MAP_COLUMNS = 8, 16  # side by side
 def load_network(weights: Path, described: Path) -> tuple[Sequential, str]:
     """The network of `weights` (.npz) and its recipe, which `described` (.json) names. Errors: `UserError`."""
     about = read_json(described)
-    recipe = about.get("recipe") if isinstance(about, dict) else None
-    if not isinstance(recipe, str):
-        raise UserError(f"{described} names no recipe: it was not written by train_mnist_numpy.py")
-    try:
-        network = build_network(recipe, np.random.default_rng(0), about.get("n_classes", 10))
-        network.load(weights)
-    except UserError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
+    recipe, classes = (about.get("recipe"), about.get("n_classes", 10)) if isinstance(about, dict) else (None, 10)
+    if recipe not in RECIPES or not isinstance(classes, int) or classes < 1:
+        raise UserError(f"{described} names no recipe or classes: it was not written by train_mnist_numpy.py")
+    network = build_network(recipe, np.random.default_rng(0), classes)
+    network.load(weights)
     return network, recipe
 
 

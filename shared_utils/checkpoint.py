@@ -70,6 +70,13 @@ def load(path: str | Path, *, device="cpu", expect: dict | None = None) -> dict:
     return state
 
 
+def refuse_other_data(path: str | Path, learned: dict, asked: dict) -> None:
+    """Refuse the model in `path` where a flag in `asked`, by name, differs from what it `learned` from: `UserError`."""
+    for name, value in learned.items():
+        if asked.get(name, value) != value:
+            raise UserError(f"{path} was trained with --{name.replace('_', '-')} {value}, not {asked[name]}")
+
+
 def restore_random_states(state: dict, rng: np.random.Generator | None = None) -> None:
     """Put every random generator back to where it was when `state` (from `load`) was saved.
 

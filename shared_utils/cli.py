@@ -37,8 +37,12 @@ def _checked(convert: Callable, accept: Callable, wanted: str) -> Callable[[str]
     return value
 
 
-positive_int = _checked(int, lambda v: v > 0, "a whole number above 0")
-non_negative_int = _checked(int, lambda v: v >= 0, "a whole number, 0 or more")
+def at_least(n: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from n on."""
+    return _checked(int, lambda v: v >= n, f"a whole number, {n} or more")
+
+
+positive_int, non_negative_int = at_least(1), at_least(0)
 positive_float = _checked(float, lambda v: v > 0 and math.isfinite(v), "a finite number above 0")
 non_negative_float = _checked(float, lambda v: v >= 0 and math.isfinite(v), "a finite number, 0 or more")
 finite_float = _checked(float, math.isfinite, "a finite number")
@@ -130,6 +134,19 @@ def make_parser(
     parser.add_argument("--runs-dir", default="runs", help="folder of all runs")
     parser.add_argument("--quick", action="store_true", help="a small run on embedded data, in seconds")
     return parser
+
+
+def add_seeds(parser: argparse.ArgumentParser, default: list[int], about: str, least: int = 1) -> None:
+    """Add `--seeds`: at least `least`, each given once, since a seed that counts twice makes an interval too narrow."""
+
+    class Seeds(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            if len(set(values)) < max(least, len(values)):
+                given = " ".join(map(str, values))
+                raise argparse.ArgumentError(self, f"must be different seeds, {least} or more, got {given}")
+            namespace.seeds = values
+
+    parser.add_argument("--seeds", type=seed_number, nargs="+", action=Seeds, default=default, help=about)
 
 
 def run_main(main: Callable[[], dict], build_parser: Callable[[], ExperimentParser]) -> None:

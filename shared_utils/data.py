@@ -216,6 +216,15 @@ def minibatches(
         yield order[start : start + batch_size]
 
 
+def endless_minibatches(n: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """Full batches of `minibatches`, epoch after epoch, each shuffled anew; of n where batch_size is above n.
+
+    `islice(endless_minibatches(…), updates)` is a training of so many updates.
+    """
+    while True:
+        yield from minibatches(n, min(n, batch_size), rng, drop_last=True)
+
+
 def _load_torchvision(name: str, split: str, root: Path) -> Images:
     from torchvision import datasets
 

@@ -39,6 +39,11 @@ class World:
         """True for the one process that prints and writes."""
         return self.rank == 0
 
+    def check(self, batch_size: int) -> None:
+        """Errors: `UserError` for a batch that does not divide evenly: its mean would not be the mean of its parts'."""
+        if batch_size % self.size:
+            raise UserError(f"--batch-size {batch_size} does not divide among {self.size} processes")
+
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[World]:
@@ -83,14 +88,8 @@ def total(value: torch.Tensor, world: World) -> torch.Tensor:
 
 
 def shard(batch: np.ndarray, world: World) -> np.ndarray:
-    """This rank's part of a global batch of indices: parts are disjoint, complete and of one length.
-
-    Errors: `UserError` when the batch does not divide evenly: the mean of the parts' means would not be the batch's.
-    """
-    if len(batch) % world.size:
-        raise UserError(
-            f"a batch of {len(batch)} does not divide among {world.size} processes; choose another --batch-size"
-        )
+    """This rank's part of a global batch of indices: parts are disjoint, complete and of one length (`check`)."""
+    world.check(len(batch))
     return batch[world.rank :: world.size]
 
 

@@ -56,6 +56,14 @@ def write_json(path: str | Path, value: dict) -> None:
         beside.write_text(text + "\n", encoding="utf-8")
 
 
+def write_csv(path: str | Path, rows: list[dict]) -> None:
+    """Write `rows`, at least one and all with the same keys, as a table below a header, in one step."""
+    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def read_json(path: str | Path) -> dict:
     """Read a JSON file. Errors: `UserError` that names the file when it is missing or damaged."""
     try:
@@ -150,6 +158,18 @@ class Run:
         """The rows of `history.csv` so far, as text; a resumed run's include those before it stopped."""
         header, rows = _read_history(self.path("history.csv"))
         return [dict(zip(header, row, strict=True)) for row in rows]
+
+    def numbers(self) -> list[dict[str, float]]:
+        """`history()` as numbers. Errors: `ValueError` when a column is not of numbers."""
+        return [{name: float(value) for name, value in row.items()} for row in self.history()]
+
+    def row(self, **key) -> dict[str, str] | None:
+        """The first row of `history()` in which the columns `key` have these values, or None: say `arm="none", seed=0`.
+
+        A study so leaves out the trainings that an earlier process has done.
+        """
+        wanted = {name: str(value) for name, value in key.items()}
+        return next((row for row in self.history() if wanted.items() <= row.items()), None)
 
     def rewind(self, rows: int) -> None:
         """Keep the first `rows` rows of `history.csv`: a resumed run writes those after its checkpoint again.

@@ -17,3 +17,8 @@ def seed_everything(seed: int) -> np.random.Generator:
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
     return np.random.default_rng(seed)
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed below 2**32 that follows from all `parts`, say seed and epoch; other parts give an unrelated one."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])

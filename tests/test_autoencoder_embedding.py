@@ -224,8 +224,8 @@ def test_npz_of_something_else(changes, said, processed, fails, tmp_path):
         (["--n", 30], "30 images are too few"),
         (["--neighbors", 360], "360 images are too few"),
         (["--neighbors", 1], "--neighbors"),
-        (["--seeds", 3], "two different seeds"),
-        (["--seeds", 3, 3], "two different seeds"),
+        (["--seeds", 3], "different seeds, 2 or more"),
+        (["--seeds", 3, 3], "different seeds, 2 or more"),
         (["--min-dist", 2], "--min-dist"),
     ],
 )

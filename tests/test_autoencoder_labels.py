@@ -9,7 +9,7 @@ from scipy.stats import ttest_rel
 
 from autoencoder import ft_compare_raw_vs_ae as compare
 from autoencoder.fitting import Recipe, codes, reconstruction_errors
-from autoencoder.ft_compare_raw_vs_ae import endless_batches, fit_classifier, label_order, paired, standardise
+from autoencoder.ft_compare_raw_vs_ae import fit_classifier, label_order, paired, standardise
 from autoencoder.inputs import load_pixels, pixels
 from autoencoder.optimizers import AdamW
 from autoencoder.pca import fit_pca
@@ -185,14 +185,6 @@ def test_updates_with_few_labels_and_epochs_with_many(n, epochs, updates, expect
     assert len(curve) == expected // max(1, n // 64)
     assert max(rates) == pytest.approx(0.01, rel=0.1)
     assert rates[-1] < 1e-3
-
-
-def test_batches_go_on_and_take_each_image_once_an_epoch():
-    batches = endless_batches(10, 5, np.random.default_rng(0))
-    epochs = [[*next(batches), *next(batches)] for _ in range(3)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1]
-    assert len(next(endless_batches(3, 5, np.random.default_rng(0)))) == 3  # fewer images than a batch
 
 
 # --- what counts as a win -----------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def test_a_network_without_a_mistake_has_a_figure_that_says_so(model):
     [
         (["--eps", "-1"], "--eps: must be a finite number above 0"),
         (["--alpha", "0"], "--alpha: must be a finite number above 0"),
-        (["--steps", "0"], "--steps: must be a whole number above 0"),
+        (["--steps", "0"], "--steps: must be a whole number, 1 or more"),
         (["--restarts", "0"], "--restarts"),
         (["--ckpt", "nowhere.pth"], "no checkpoint at nowhere.pth"),
     ],

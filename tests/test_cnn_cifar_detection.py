@@ -230,7 +230,7 @@ def test_mistakes_get_one_line(tmp_path, fails):
     out = tmp_path / "out"
     said = fails(detect_digits, [*FLAGS, "--batch-size", 13, "--out", out], out)
     assert "--batch-size 13: there are 12 scenes to train on" in said
-    assert "must be a whole number above 0" in fails(detect_digits, ["--width", 0], out)
+    assert "must be a whole number, 1 or more" in fails(detect_digits, ["--width", 0], out)
     assert "28" in fails(detect_digits, [*FLAGS, "--dataset", "shapes", "--out", out], out)
     said = fails(detect_digits, [*FLAGS, "--lr", 1e30, "--out", tmp_path / "diverges"])
     assert "try a lower --lr" in said

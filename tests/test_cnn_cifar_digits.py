@@ -184,7 +184,7 @@ def test_a_comparison_that_cannot_be_made_gets_one_line(digits, tmp_path, fails,
     said = fails(compare_mnist_models, [*flags, "--models", "cnn", "resnet"], out)
     assert "--models resnet: unknown; there are fcnn, cnn, deep_cnn, vit, vgg16, alexnet" in said
     assert "--models cnn cnn: each once" in fails(compare_mnist_models, [*flags, "--models", "cnn", "cnn"], out)
-    assert "--seeds 1 1: each once" in fails(compare_mnist_models, [*flags, "--seeds", 1, 1], out)
+    assert "different seeds, 1 or more, got 1 1" in fails(compare_mnist_models, [*flags, "--seeds", 1, 1], out)
     assert "--pretrained: for vgg16 and alexnet" in fails(compare_mnist_models, [*flags, "--pretrained"], out)
     said = fails(compare_mnist_models, [*flags, "--batch-size", 61], out)
     assert "--batch-size 61: there are 60 images to train on" in said
@@ -267,11 +267,11 @@ def test_a_study_that_cannot_be_made_gets_one_line(digits, tmp_path, fails):
     out = tmp_path / "out"
     flags = [*EFFICIENCY, "--dataset", digits, "--out", out]
     for wrong, said in (
-        (["--seeds", 1], "an interval needs at least two seeds"),
-        (["--seeds", 1, 1], "an interval needs at least two seeds"),
+        (["--seeds", 1], "different seeds, 2 or more"),
+        (["--seeds", 1, 1], "different seeds, 2 or more"),
         (["--sizes", 61], "--sizes 61: there are 60 images to train on"),
-        (["--sizes", 1], "--batch-size and --sizes: at least two images"),
-        (["--batch-size", 1], "--batch-size and --sizes: at least two images"),
+        (["--sizes", 1], "--sizes: must be a whole number, 2 or more"),
+        (["--batch-size", 1], "--batch-size: must be a whole number, 2 or more"),
         (["--dataset", "shapes"], "28"),
     ):
         assert said in fails(data_efficiency, [*flags, *wrong], out)

@@ -12,7 +12,7 @@ from cnn_cifar import fast_cifar, fast_training, inputs
 from cnn_cifar.checkpoints import load_network
 from cnn_cifar.fast_net import FastNet, start_as_identity_, whiten_
 from cnn_cifar.fast_training import INGREDIENTS, FastTraining, Recipe, accuracies, averaged_logits
-from cnn_cifar.inputs import Split, load, logits_of, loss_and_accuracy, pixels
+from cnn_cifar.inputs import Split, load, load_splits, logits_of, loss_and_accuracy, pixels
 from cnn_cifar.models import CIFAR10_MEAN, CIFAR10_STD, allcnn_t
 from shared_utils import checkpoint
 from shared_utils.cli import UserError
@@ -290,6 +290,8 @@ def test_load_holds_out_validation_images_that_are_not_trained_on(monkeypatch):
     for size, message in ((30, "--batch-size 71: there are 70 images"), (100, "cannot hold out 100 of 100")):
         with pytest.raises(UserError, match=message):
             load(asked(71, size), cpu)
+    few = load_splits("shapes", "data", cpu, train_size=40)  # without flags there is no batch to compare with
+    assert (len(few.train), few.val, len(few.test)) == (40, None, 100)
 
 
 @pytest.mark.parametrize("training", [True, False])

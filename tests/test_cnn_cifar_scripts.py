@@ -318,13 +318,13 @@ def test_a_compiled_network_learns_the_same(pictures, tmp_path, no_figures):
     ("module", "flags", "said"),
     [
         *((module, f"{flag} 0", flag) for module in SCRIPTS for flag in ("--batch-size", "--epochs")),
-        (allcnn, "--val-size 0", "--val-size 0: the validation images choose the epoch"),
+        (allcnn, "--val-size 0", "--val-size: must be"),
         (allcnn, "--batch-size 61", "--batch-size 61: there are 60 images"),
         (fast_cifar, "--batch-size 73", "--batch-size 73: there are 72 images"),
         (fast_cifar, "--without salt", "invalid choice: 'salt'"),
-        (fast_cifar_ladder, "--seeds 3", "at least two seeds"),
-        (fast_cifar_ladder, "--seeds 3 3", "each given once"),
-        (fast_cifar_ladder, "--val-size 0", "--val-size 0"),
+        (fast_cifar_ladder, "--seeds 3", "different seeds, 2 or more"),
+        (fast_cifar_ladder, "--seeds 3 3", "different seeds, 2 or more, got 3 3"),
+        (fast_cifar_ladder, "--val-size 0", "--val-size: must be"),
     ],
 )
 def test_a_wrong_flag_gets_one_line(module, flags, said, pictures, tmp_path, fails):

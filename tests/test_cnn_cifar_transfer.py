@@ -71,16 +71,6 @@ def both(*folders):
     return [history(folder / "history.csv") for folder in folders]
 
 
-@pytest.mark.parametrize(("n", "size"), [(10, 4), (3, 8), (8, 4)])
-def test_batches_pass_over_all_images_again_and_again(n, size):
-    found = list(transfer_learning.batches(n, size, 11, np.random.default_rng(0)))
-    assert len(found) == 11
-    assert all(len(set(batch.tolist())) == min(size, n) for batch in found)
-    per_pass = n // min(size, n)
-    for first in range(0, 11 - per_pass, per_pass):
-        assert len(np.unique(np.concatenate(found[first : first + per_pass]))) == per_pass * min(size, n)
-
-
 def test_few_images_get_as_many_updates_as_are_asked_for():
     args = parsed("--epochs", 5, "--least-updates", 20, "--batch-size", 10)
     assert transfer_learning.updates_for(30, args) == 20

@@ -379,6 +379,15 @@ def test_minibatches_are_one_epoch():
     assert np.concatenate(batches).tolist() != list(range(10))
 
 
+def test_endless_minibatches_pass_over_all_items_again_and_again():
+    batches = data.endless_minibatches(10, 5, np.random.default_rng(0))
+    epochs = [[*next(batches), *next(batches)] for _ in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    for n, size in ((3, 5), (11, 5)):  # fewer than a batch; some are left over
+        assert len(next(data.endless_minibatches(n, size, np.random.default_rng(0)))) == min(n, size)
+
+
 def test_image_files_are_those_named_and_those_of_a_folder_in_order(tmp_path):
     for name in ("b.png", "a.JPG", "._a.jpg", "notes.txt"):
         (tmp_path / name).touch()

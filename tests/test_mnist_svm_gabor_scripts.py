@@ -164,7 +164,7 @@ def test_pictures_of_the_learners_own_are_brought_into_mnists_form(fitted):
     [
         (["--dataset", "imagenet"], "neither a known set"),
         (["--dataset", "shapes"], "needs 1×28×28"),
-        (["--train-size", "0"], "whole number above 0"),
+        (["--train-size", "0"], "whole number, 1 or more"),
         (["--train-size", "70000", "--dataset", "digits"], "digits has 1437 training images"),
         (["--train-size", "12", "--dataset", "digits"], "at least five for each of 10 classes"),
         (["--C", "-1"], "finite number above 0"),
@@ -253,7 +253,7 @@ def test_run_as_a_command(tmp_path):
     command = [sys.executable, "mnist_svm_gabor/train.py", "--train-size", "0", "--out", str(tmp_path / "out")]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == "train.py: error: argument --train-size: must be a whole number above 0, got '0'\n"
+    assert ended.stderr == "train.py: error: argument --train-size: must be a whole number, 1 or more, got '0'\n"
 
 
 # --- what it must reach, on the real set --------------------------------------------------------------------------

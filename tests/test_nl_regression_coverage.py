@@ -186,14 +186,14 @@ def test_a_missing_sweep_names_the_command_that_makes_it(tmp_path, fails):
 @pytest.mark.parametrize(
     ("script", "flags", "said"),
     [
-        (coverage_study, ["--n", "1"], "at least 2"),
-        (coverage_study, ["--members", "1"], "at least 2"),
+        (coverage_study, ["--n", "1"], "2 or more"),
+        (coverage_study, ["--members", "1"], "2 or more"),
         (coverage_study, ["--members", "two"], "--members"),
         (benchmark, ["--groups", "0"], "--groups"),
         (benchmark, ["--groups"], "--groups"),
         (benchmark, ["--threads", "0"], "--threads"),
-        (benchmark, ["--epochs", "1"], "at least 2"),
-        (benchmark, ["--n", "1"], "at least 2"),
+        (benchmark, ["--epochs", "1"], "2 or more"),
+        (benchmark, ["--n", "1"], "2 or more"),
         (benchmark, ["--device", "tpu"], "--device tpu"),
     ],
 )

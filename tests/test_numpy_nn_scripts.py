@@ -214,10 +214,15 @@ def test_visualize_filters_on_wrong_files(tmp_path, fails):
     out, weights, about = tmp_path / "out", tmp_path / "model.npz", tmp_path / "model.json"
     flags = ["--dataset", "digits", "--ckpt", weights, "--out", out]
     assert "model.json" in fails(visualize_filters, flags, out)
-    about.write_text(json.dumps({"hidden": [6]}))
-    assert "names no recipe" in fails(visualize_filters, flags, out)
-    about.write_text(json.dumps({"recipe": "secret"}))
-    assert "recipe must be one of" in fails(visualize_filters, flags, out)
+    for wrong in (
+        [1],
+        {"hidden": [6]},
+        {"recipe": "secret"},
+        {"recipe": ["plain"]},
+        {"recipe": "plain", "n_classes": 0},
+    ):
+        about.write_text(json.dumps(wrong))
+        assert "names no recipe" in fails(visualize_filters, flags, out), wrong
     about.write_text(json.dumps({"recipe": "plain"}))
     assert "no such file" in fails(visualize_filters, flags, out)
     visualize_filters.build_network("strong", rng()).save(weights)

@@ -14,6 +14,7 @@ from shared_utils import device, gradcheck, plotting, runs, stats
 from shared_utils.cli import UserError
 from shared_utils.distributed import World, shard
 from shared_utils.schedules import one_cycle
+from shared_utils.seeding import derived_seed
 
 # --- schedules ------------------------------------------------------------------------------------------------------
 
@@ -31,6 +32,16 @@ def test_one_cycle_rises_to_its_peak_and_falls(updates):
         assert top == 24
         assert rates[0] == pytest.approx(0.5 * (1 - math.cos(math.pi / 25)) / 2)
         assert rates[99] < 0.001
+
+
+# --- seeds ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_derived_seed_follows_from_all_its_parts():
+    assert derived_seed(0, 1) == 3964924996  # published results hang on it
+    found = {derived_seed(*parts) for parts in ((0,), (0, 0, 1), (0, 1), (1, 0), (1, 1), (1, 1, 2))}
+    assert len(found) == 6
+    assert all(0 <= seed < 2**32 for seed in found)
 
 
 # --- gradcheck ----------------------------------------------------------------------------------------------------
@@ -187,7 +198,8 @@ def test_shards_are_disjoint_complete_and_of_one_length():
     parts = [shard(batch, World(rank, 3, torch.device("cpu"))) for rank in range(3)]
     assert [len(part) for part in parts] == [4, 4, 4]
     assert sorted(np.concatenate(parts)) == sorted(batch)
-    with pytest.raises(UserError, match="does not divide"):
+    World(0, 3, torch.device("cpu")).check(12)
+    with pytest.raises(UserError, match="--batch-size 5 does not divide among 3 processes"):
         shard(batch[:5], World(0, 3, torch.device("cpu")))
 
 

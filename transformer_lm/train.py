@@ -47,7 +47,7 @@ from shared_utils.distributed import process_group, shard, total, wrap
 from shared_utils.muon import Muon
 from shared_utils.plotting import curves, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, find_output, replacing, start_run
-from shared_utils.seeding import seed_everything
+from shared_utils.seeding import derived_seed, seed_everything
 from transformer_lm.batches import Text, losses_of_text, total_loss
 from transformer_lm.corpus import Corpus, load
 from transformer_lm.model import ATTENTION, TransformerLM
@@ -134,8 +134,7 @@ def make_optimizers(model: TransformerLM, args: argparse.Namespace) -> list[torc
 def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
     """What `main` does, in one process of `world`."""
     device, tokens = world.device, corpus.tokens
-    if args.batch_size % world.size:
-        raise UserError(f"--batch-size {args.batch_size} does not divide among {world.size} processes")
+    world.check(args.batch_size)
     for name in ("train", "val"):
         if len(corpus.parts[name].ids) < args.context:
             n = len(corpus.parts[name].ids)
@@ -166,7 +165,7 @@ def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
     for update in range(first, args.updates):
         # What is random in an update follows from seed, update and, for dropout, process: resuming needs no states.
         rng = np.random.default_rng([args.seed, update])
-        torch.manual_seed(int(np.random.SeedSequence([args.seed, update, world.rank]).generate_state(1)[0]))
+        torch.manual_seed(derived_seed(args.seed, update, world.rank))
         chosen = shard(text.drawn(args.batch_size, rng, args.pack), world)
         batch = text.packed(chosen) if args.pack else text.padded(chosen)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -228,7 +227,7 @@ def finish(
     with replacing(run.path("samples.txt")) as beside:
         texts = [sample(model, corpus, args).encode("utf-8", "replace").decode() for _ in range(3)]
         beside.write_text("\n\n---\n\n".join(texts) + "\n", encoding="utf-8")
-    rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
+    rows = run.numbers()
     val = corpus.parts["val"]
     size = sum(p.numel() for p in model.parameters())
     ids = val.ids[: args.eval_tokens]

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared_utils.cli import UserError, make_parser, non_negative_int, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import load_text
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
@@ -56,9 +56,7 @@ def build_parser():
     parser = make_parser(__doc__, dataset="books", quick=quick)
     sizes = [512, 1024, 2048, 4096, 8192, 16384]
     parser.add_argument("--vocab-sizes", type=positive_int, nargs="+", default=sizes, help="261 are the bytes alone")
-    parser.add_argument(
-        "--seeds", type=non_negative_int, nargs="+", default=[0], help="one training each per size and rate"
-    )
+    add_seeds(parser, [0], "one training each per size and rate")
     parser.add_argument("--updates", type=positive_int, default=500, help="at the middle of the sizes")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="windows of an update")
     parser.add_argument(
@@ -83,12 +81,11 @@ def main(argv=None) -> dict:
     sizes = {size: corpus.tokens.vocab_size for size, corpus in corpora.items()}  # a short text has fewer than asked
     costs = {size: operations_per_token(real, args.quick) for size, real in sizes.items()}
     budget = args.updates * costs[list(sizes)[len(sizes) // 2]]
-    done = {(int(row["asked"]), float(row["lr"]), int(row["seed"])) for row in run.history()}
     table = []
     for size, corpus in corpora.items():
         updates = max(1, round(budget / costs[size]))
-        for lr, seed in product(dict.fromkeys(args.lrs), dict.fromkeys(args.seeds)):
-            if (size, lr, seed) in done:
+        for lr, seed in product(dict.fromkeys(args.lrs), args.seeds):
+            if run.row(asked=size, lr=lr, seed=seed):
                 continue
             folder = run.path(f"train_{size}_{lr:g}_{seed}")
             try:
@@ -98,8 +95,7 @@ def main(argv=None) -> dict:
                 print(f"{size} tokens, seed {seed}: {error}", flush=True)
                 trained, found = {"updates": updates, **dict.fromkeys(KEPT, 0)}, LOST
             run.log(asked=size, vocab_size=sizes[size], lr=lr, seed=seed, **trained, **found)
-        rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
-        table.append(summary([row for row in rows if row["asked"] == size], corpus))
+        table.append(summary([row for row in run.numbers() if row["asked"] == size], corpus))
     outcome = findings(table, args.lrs)
     read = args.batch_size * _default(args.quick).context
     save_figure(draw(table, outcome, budget * read, next(iter(corpora.values())).name), run.path("vocab_study.png"))

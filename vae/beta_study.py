@@ -21,7 +21,7 @@ Shapes: N images, 196 pixels, d latents; all terms in nats per image.
 import numpy as np
 import torch
 
-from shared_utils.cli import make_parser, non_negative_int, positive_float, positive_int, run_main
+from shared_utils.cli import add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, mean_std, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -45,7 +45,7 @@ def build_parser():
     add_data_flags(parser)
     betas = [0.1, 0.2, 0.5, 1, 2, 3, 4, 5, 7, 10]
     parser.add_argument("--betas", type=positive_float, nargs="+", default=betas, help="weights of the KL")
-    parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2], help="one model each per β")
+    add_seeds(parser, [0, 1, 2], "one model each per β")
     parser.add_argument("--z-dim", type=positive_int, default=8, help="latents")
     add_fit_flags(parser, epochs=60)
     return parser
@@ -59,7 +59,7 @@ def main(argv=None) -> dict:
     data = load_binary(args)
     run = start_run(args)
     x_train, x_val, x_test = (torch.from_numpy(x).to(device) for x in (data.x_train, data.x_val, data.x_test))
-    betas, seeds = sorted(set(args.betas)), list(dict.fromkeys(args.seeds))
+    betas, seeds = sorted(set(args.betas)), args.seeds
     to_reconstruct, first_row = shown_images(x_test, data.y_test)
     found, shown, training_seconds = {}, [first_row], 0.0
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "samples": args.samples}

@@ -15,7 +15,7 @@ Shapes: N images, 196 pixels, d latents; all terms in nats per image.
 import numpy as np
 import torch
 
-from shared_utils.cli import make_parser, non_negative_int, positive_int, run_main
+from shared_utils.cli import add_seeds, make_parser, positive_int, run_main
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import mean_std, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -30,7 +30,7 @@ def build_parser():
     parser = make_parser(__doc__, quick={**small, "z_dims": [1, 2, 8], "seeds": [0, 1], "k": 20})
     add_data_flags(parser)
     parser.add_argument("--z-dims", type=positive_int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="latents")
-    parser.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0, 1, 2], help="one model each per size")
+    add_seeds(parser, [0, 1, 2], "one model each per size")
     parser.add_argument("--k", type=positive_int, default=200, help="samples of the tighter bound")
     add_fit_flags(parser, epochs=80)
     return parser
@@ -50,7 +50,7 @@ def main(argv=None) -> dict:
     data = load_binary(args)
     run = start_run(args)
     x_train, x_val, x_test = (torch.from_numpy(x).to(device) for x in (data.x_train, data.x_val, data.x_test))
-    sizes, seeds = sorted(set(args.z_dims)), list(dict.fromkeys(args.seeds))
+    sizes, seeds = sorted(set(args.z_dims)), args.seeds
     settings = {"epochs": args.epochs, "batch_size": args.batch_size, "lr": args.lr, "samples": args.samples}
     found, training_seconds = {}, 0.0
     for size in sizes:

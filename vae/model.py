@@ -168,8 +168,5 @@ def load_model(args: argparse.Namespace, device: torch.device) -> VAE:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path} holds no VAE that train.py wrote: {reason}") from None
     model.trained_on = state.get("title", "")
-    for key, value in state.get("data", {}).items():
-        if getattr(args, key, value) != value:
-            flag = "--" + key.replace("_", "-")
-            raise UserError(f"{path} was trained with {flag} {value}, not {getattr(args, key)}")
+    checkpoint.refuse_other_data(path, state.get("data", {}), vars(args))
     return model.to(device).eval()

@@ -128,7 +128,7 @@ def main(argv=None) -> dict:
     reconstruction, kl = mean_terms(model, x_test, TEST_SAMPLES)
     checkpoint.save_arrays(run.path("terms.npz"), reconstruction=terms[:, 0], kl=terms[:, 1])
 
-    rows = [{name: float(value) for name, value in row.items()} for row in run.history()]
+    rows = run.numbers()
     about = f"{data.title}, {model.size}"
     save_figure(draw_terms(terms, about), run.path("elbo_terms.png"))
     save_figure(draw_bounds(rows, best, reconstruction - kl, len(x_val), about), run.path("train_vs_val_ll.png"))

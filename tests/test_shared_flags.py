@@ -1,0 +1,33 @@
+"""Flags that several experiments have."""
+
+import pytest
+
+from shared_utils import checkpoint, cli
+from shared_utils.cli import UserError, make_parser
+
+DOC = "A question?\n\n    python numpy_nn/some_script.py"
+
+
+def test_seeds_are_given_once_each(capsys):
+    parser = make_parser(DOC, quick={"seeds": [5]})
+    cli.add_seeds(parser, [0, 1, 2], "one run each", least=2)
+    assert (parser.parse_args([]).seeds, parser.parse_args(["--quick"]).seeds) == ([0, 1, 2], [5])
+    assert parser.parse_args(["--quick", "--seeds", "3", "0"]).seeds == [3, 0]
+    for given in ("1", "1 1", "0 1 0", "-1 2", "0 4294967296"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--seeds", *given.split()])
+        assert "--seeds: must be" in capsys.readouterr().err
+
+
+def test_a_model_of_other_data_is_refused():
+    learned = {"dataset": "mnist", "val_size": 300, "per_class": None}
+    for asked in ({"dataset": "mnist", "val_size": 300, "seed": 1}, {"per_class": None}, {}):
+        checkpoint.refuse_other_data("best.pth", learned, asked)
+    for asked, said in (
+        ({"dataset": "digits"}, "--dataset mnist, not digits"),
+        ({"val_size": 0}, "--val-size 300, not 0"),
+    ):
+        with pytest.raises(UserError, match=f"best.pth was trained with {said}"):
+            checkpoint.refuse_other_data("best.pth", learned, asked)
+    with pytest.raises(UserError, match="--per-class None, not 5"):
+        checkpoint.refuse_other_data("best.pth", learned, {"per_class": 5})
