@@ -9,6 +9,7 @@ to all of it and tested on all test images. The filters themselves were chosen o
 Raw pixels and Gabor features, linear (one against the rest) and RBF kernel, at 14×14.
 
 Writes learning_curve.png, history.csv, metrics.json.
+With --resume a study that was stopped goes on with the machines that are missing.
 """
 
 import numpy as np
@@ -33,6 +34,7 @@ def build_parser():
     sizes = [100, 300, 1000, 3000, 10_000, 30_000, 60_000]
     parser.add_argument("--sizes", type=positive_int, nargs="+", default=sizes, help="training images")
     add_seeds(parser, [0, 1, 2], "one subset of each size per seed")
+    parser.add_argument("--resume", action="store_true", help="go on with the machines that history.csv lacks")
     return parser
 
 
@@ -60,10 +62,11 @@ def main(argv=None) -> dict:
             chosen, parts = drawn[size, seed]
             for features, (x, x_test) in vectors.items():
                 for kernel in KERNELS:
-                    fitted = choose_and_fit(x[chosen], train.y[chosen], parts, kernel, default_grid(kernel))
-                    wrong = float((fitted.predict(x_test) != test.y).mean())
-                    error[features, kernel][r, s] = 100 * wrong
-                    run.log(size=size, seed=seed, features=features, kernel=kernel, test_accuracy=1 - wrong)
+                    key = {"size": size, "seed": seed, "features": features, "kernel": kernel}
+                    if not run.row(**key):
+                        fitted = choose_and_fit(x[chosen], train.y[chosen], parts, kernel, default_grid(kernel))
+                        run.log(**key, wrong=int((fitted.predict(x_test) != test.y).sum()))
+                    error[features, kernel][r, s] = 100 * int(run.row(**key)["wrong"]) / len(test)
     rows = table(error, sizes)
     save_figure(draw(error, sizes, test.title), run.path("learning_curve.png"))
     return run.finish({"rows": rows, "seeds": args.seeds})
