@@ -240,7 +240,7 @@ def test_metrics(files, data, tmp_path):
     ("flags", "message"),
     [
         (["--labels", "20", "1238"], "asked for 1238 labelled images, there are 1237"),
-        (["--labels", "0"], "above 0"),
+        (["--labels", "0"], "1 or more"),
         (["--labels", "1"], "at least two images"),
         (["--val-size", "210"], "was trained with --val-size 200, not 210"),
         (["--ckpt", "nowhere.pth"], "no checkpoint at nowhere.pth"),

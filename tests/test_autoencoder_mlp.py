@@ -238,9 +238,9 @@ def test_the_signal_halves_its_power_a_layer_with_xavier_alone():
     ("flags", "message"),
     [
         (["--lr", "0"], "finite number above 0"),
-        (["--hidden", "0"], "above 0"),
-        (["--seeds", "-1"], "0 or more"),
-        (["--depth-probe", "0"], "above 0"),
+        (["--hidden", "0"], "1 or more"),
+        (["--seeds", "-1"], "from 0 to"),
+        (["--depth-probe", "0"], "1 or more"),
     ],
 )
 def test_wrong_flags(flags, message, fails, tmp_path):

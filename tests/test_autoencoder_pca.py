@@ -246,8 +246,8 @@ def test_each_size_is_trained_by_its_recipe(data):
         (["--val-size", "1400"], "PCA gives from 1 to 37 components of 37 images"),
         (["--linear-latent", "784"], "--linear-latent 784: PCA leaves no error"),
         (["--linear-latent", "500"], "PCA leaves no error"),
-        (["--latents", "0"], "above 0"),
-        (["--jobs", "0"], "above 0"),
+        (["--latents", "0"], "1 or more"),
+        (["--jobs", "0"], "1 or more"),
         (["--dataset", "imagenet"], "neither a known set"),
     ],
 )

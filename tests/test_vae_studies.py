@@ -318,11 +318,11 @@ def test_latent_study(tmp_path):
     [
         (beta_study, ["--betas", "1", "-1"], "finite number above 0"),
         (beta_study, ["--betas", "inf"], "finite number above 0"),
-        (beta_study, ["--seeds", "-1"], "0 or more"),
-        (latent_study, ["--z-dims", "0"], "above 0"),
-        (latent_study, ["--k", "0"], "above 0"),
-        (kl_scaling, ["--z-dim", "2.5"], "above 0"),
-        (kl_scaling, ["--batch-size", "0"], "above 0"),
+        (beta_study, ["--seeds", "-1"], "from 0 to"),
+        (latent_study, ["--z-dims", "0"], "1 or more"),
+        (latent_study, ["--k", "0"], "1 or more"),
+        (kl_scaling, ["--z-dim", "2.5"], "1 or more"),
+        (kl_scaling, ["--batch-size", "0"], "1 or more"),
         (kl_scaling, ["--dataset", "imagenet"], "neither a known set"),
     ],
 )
