@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     done = {name: finished(name, runs_dir, args.quick) if args.resume else {} for name in chosen}
     left = [run for name in chosen for run in declared_runs(name) if run.name not in done[name]]
     if not args.quick:
-        print(f"{len(left)} runs, about {sum(run.minutes for run in left) / 60:.1f} hours on two cores")
+        print(f"runs to make: {len(left)}, about {sum(run.minutes for run in left) / 60:.1f} hours on two cores")
     failed = {}
     for experiment in chosen:
         print(experiment, flush=True)

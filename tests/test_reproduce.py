@@ -220,10 +220,8 @@ def test_what_is_finished_is_left_out_and_what_was_stopped_goes_on(house, tmp_pa
     (house / "toy" / "__init__.py").touch()
     (house / "toy" / "train.py").write_text(TOY)
     monkeypatch.syspath_prepend(house)
-    called = []
 
     def here(command, env):  # in place of a process
-        called.append(command)
         return subprocess.CompletedProcess(command, reproduce.main(command[3:]) and 1)
 
     monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=here))
@@ -232,13 +230,13 @@ def test_what_is_finished_is_left_out_and_what_was_stopped_goes_on(house, tmp_pa
     flags = ["--runs-dir", str(folder), "--report", str(tmp_path / "report.html")]
     assert list(reproduce.main([*flags, "--resume"])) == ["toy/wide"]  # nothing there: all of it is made
     said = capsys.readouterr().out
-    assert "2 runs, about 0.1 hours" in said
+    assert "runs to make: 2, about 0.1 hours" in said
     assert "finished before" not in said
     first = (folder / "toy" / "train" / "metrics.json").read_text()
     (folder / "may").touch()
     assert reproduce.main([*flags, "--resume"]) == {}
     said = capsys.readouterr().out
-    assert "1 runs" in said
+    assert "runs to make: 1," in said
     assert re.search(r"train +finished before", said)
     assert (folder / "toy" / "train" / "metrics.json").read_text() == first
     wide = runs.read_json(folder / "toy" / "wide" / "metrics.json")
@@ -251,7 +249,14 @@ def test_what_is_finished_is_left_out_and_what_was_stopped_goes_on(house, tmp_pa
     (folder / "toy" / "wide" / "metrics.json").unlink()
     assert reproduce.main([*flags, "--resume"]) == {}  # what another command had begun begins anew
     assert runs.read_json(folder / "toy" / "wide" / "metrics.json")["rows"] == 1
-    assert called
+    outcomes = runs.read_json(folder / "toy" / "outcomes.json")
+    outcomes["train"]["error"] = "what it reads was missing"  # it left an older result where it was
+    runs.write_json(folder / "toy" / "outcomes.json", outcomes)
+    capsys.readouterr()
+    assert reproduce.main([*flags, "--resume"]) == {}
+    said = capsys.readouterr().out
+    assert "runs to make: 1," in said
+    assert re.search(r"wide +finished before", said)
 
 
 def test_an_unknown_experiment_is_named():
