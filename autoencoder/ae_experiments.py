@@ -22,7 +22,6 @@ Sources: Hinton and Salakhutdinov 2006; Vincent et al. 2008 for the denoising va
 Shapes: N images, 784 pixels, K numbers of the code.
 """
 
-import argparse
 import itertools
 import math
 from dataclasses import replace
@@ -41,6 +40,7 @@ from autoencoder.pca import fit_pca
 from autoencoder.trained import VARIANTS, Trained, save_trained
 from shared_utils.cli import (
     UserError,
+    add_amp,
     add_seeds,
     make_parser,
     non_negative_float,
@@ -105,7 +105,7 @@ def build_parser():
         "--patience", type=positive_int, default=10, help="epochs without better validation error; then stop"
     )
     amp = "matrix products in bfloat16, parameters and sums in float32"
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help=amp)
+    add_amp(parser, amp, default=True)
     parser.add_argument("--jobs", type=positive_int, help="trainings at once (default: CPU cores; 1 on a GPU)")
     parser.add_argument("--resume", action="store_true", help="go on with what history.csv lacks")
     return parser

@@ -21,7 +21,6 @@ Sources: Baldi and Hornik 1989; Eckart and Young 1936; Hinton and Salakhutdinov 
 Shapes: N images, D pixels, K numbers of the code, R + 1 pseudo-images.
 """
 
-import argparse
 import time
 
 import joblib
@@ -36,7 +35,7 @@ from autoencoder.inputs import SIDE, Inputs, add_data_flags, load_pixels, pixels
 from autoencoder.models import Autoencoder
 from autoencoder.optimizers import AdamW
 from autoencoder.pca import PCA, fit_pca, moments, pca_of, principal_angles
-from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, add_amp, make_parser, positive_float, positive_int, run_main
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, image_grid, line_style, new_figure, save_figure
 from shared_utils.runs import check_finite, start_run
@@ -60,7 +59,7 @@ def build_parser():
     parser.add_argument("--epochs", type=positive_int, default=15, help="passes over the training images")
     parser.add_argument("--lr", type=positive_float, default=Recipe.lr, help="highest learning rate")
     parser.add_argument("--batch-size", type=positive_int, default=Recipe.batch_size, help="images per update")
-    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=True, help="products in bfloat16")
+    add_amp(parser, "products in bfloat16", default=True)
     parser.add_argument("--jobs", type=positive_int, help="trainings at once (default: the CPU's cores; 1 on a GPU)")
     parser.add_argument("--linear-latent", type=positive_int, default=8, help="K of the linear autoencoder")
     parser.add_argument("--linear-updates", type=positive_int, default=2500, help="its updates")

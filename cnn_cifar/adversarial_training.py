@@ -38,7 +38,7 @@ from cnn_cifar.checkpoints import NETWORKS, load_network
 from cnn_cifar.inputs import Data, Split, add_data_flags, load, loss_and_accuracy, pixels, share
 from cnn_cifar.models import get_param_groups
 from shared_utils import checkpoint
-from shared_utils.cli import make_parser, non_negative_float, positive_float, positive_int, run_main
+from shared_utils.cli import add_amp, make_parser, non_negative_float, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import autocast, pick_device
 from shared_utils.plotting import COLORS, image_grid, line_style, new_figure, save_figure
@@ -70,8 +70,7 @@ def build_parser():
     parser.add_argument("--watched", type=positive_int, default=500, help=watched)
     parser.add_argument("--images", type=positive_int, default=1000, help="test images that PGD gets")
     parser.add_argument("--restarts", type=positive_int, default=10, help="random starts of PGD-50 at the end")
-    on = {"action": argparse.BooleanOptionalAction, "default": True}
-    parser.add_argument("--amp", **on, help="train in bfloat16, with float32 parameters")
+    add_amp(parser, "train in bfloat16, with float32 parameters", default=True)
     parser.add_argument("--resume", action="store_true", help="go on from the last epoch")
     return parser
 

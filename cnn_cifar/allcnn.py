@@ -36,7 +36,7 @@ from cnn_cifar.augment import random_color_jitter, random_crop, random_cutout, r
 from cnn_cifar.inputs import add_data_flags, load, loss_and_accuracy, pixels
 from cnn_cifar.models import allcnn_t, get_param_groups
 from shared_utils import checkpoint
-from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, add_amp, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import autocast
 from shared_utils.distributed import main_first, process_group, shard, total, wrap
@@ -60,7 +60,7 @@ def build_parser():
     parser.add_argument("--lr", type=positive_float, default=0.1, help="the highest learning rate")
     parser.add_argument("--schedule", choices=("step", "cosine", "onecycle"), default="step", help="of the rate")
     parser.add_argument("--cutout", action="store_true", help="also paint over a square of each training image")
-    parser.add_argument("--amp", action="store_true", help="compute in bfloat16, with float32 parameters")
+    add_amp(parser)
     parser.add_argument("--compile", action="store_true", help="torch.compile the training step's network")
     parser.add_argument("--resume", action="store_true", help="go on from allcnn_t_last.pth")
     return parser

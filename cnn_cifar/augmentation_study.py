@@ -21,7 +21,6 @@ Sources: see augment.py; He, Zhang, Ren and Sun 2016 for the network.
 Shapes: N images, B batch, K classes.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 
@@ -41,7 +40,7 @@ from cnn_cifar.augment import (
 )
 from cnn_cifar.inputs import SMALLEST, Data, Split, add_data_flags, load, pixels, resized, share
 from cnn_cifar.models import get_param_groups, pixel_resnet
-from shared_utils.cli import add_seeds, at_least, make_parser, positive_float, positive_int, run_main
+from shared_utils.cli import add_amp, add_seeds, at_least, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import autocast, pick_device
 from shared_utils.modes import evaluating
@@ -79,8 +78,7 @@ def build_parser():
     parser.add_argument("--width", type=positive_int, default=64, help="channels of the first stage (the paper's: 64)")
     parser.add_argument("--train-size", type=positive_int, help="images to train on (default: all)")
     parser.add_argument("--lr", type=positive_float, default=0.1, help="the highest learning rate of one cycle")
-    on = {"action": argparse.BooleanOptionalAction, "default": True}
-    parser.add_argument("--amp", **on, help="compute in bfloat16, with float32 parameters")
+    add_amp(parser, default=True)
     add_seeds(parser, [0, 1, 2], "one training of each arm each", least=2)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
     return parser

@@ -46,7 +46,7 @@ from cnn_cifar.pretrained import imagenet_weights
 from cnn_cifar.zoo import MODELS, TORCHVISION, build, title_of
 from shared_utils import checkpoint
 from shared_utils.checkpoint import load_arrays, save_arrays
-from shared_utils.cli import UserError, add_seeds, make_parser, positive_int, run_main
+from shared_utils.cli import UserError, add_amp, add_seeds, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import save_figure
 from shared_utils.runs import Run, replacing, start_run
@@ -68,7 +68,7 @@ def build_parser():
     add_seeds(parser, [0], "one training of each network")
     parser.add_argument("--pretrained", action="store_true", help="vgg16 and alexnet begin with ImageNet's weights")
     parser.add_argument("--weights-dir", help="where those are, or are downloaded to (default: weights in --data-dir)")
-    parser.add_argument("--amp", action="store_true", help="compute in bfloat16, with float32 parameters")
+    add_amp(parser)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that are missing")
     return parser
 

@@ -31,7 +31,7 @@ from cnn_cifar.inputs import Data, Split, load_splits
 from cnn_cifar.vit import ViT
 from cnn_cifar.zoo import OURS
 from shared_utils.checkpoint import load_arrays, save_arrays
-from shared_utils.cli import UserError, add_seeds, at_least, make_parser, positive_int, run_main
+from shared_utils.cli import UserError, add_amp, add_seeds, at_least, make_parser, positive_int, run_main
 from shared_utils.data import stratified_order
 from shared_utils.device import pick_device
 from shared_utils.plotting import line_style, new_figure, save_figure
@@ -67,7 +67,7 @@ def build_parser():
     least = "updates when so few images would give fewer: they are then passed over more often"
     parser.add_argument("--least-updates", type=positive_int, default=400, help=least)
     add_seeds(parser, [0, 1, 2], "other images, other starts", least=2)
-    parser.add_argument("--amp", action="store_true", help="compute in bfloat16, with float32 parameters")
+    add_amp(parser)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that are missing")
     return parser
 

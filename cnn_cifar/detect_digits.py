@@ -32,7 +32,7 @@ from cnn_cifar.inputs import load_splits, pixels
 from cnn_cifar.scenes import SIDE, draw_scenes
 from cnn_cifar.zoo import convolution
 from shared_utils import checkpoint
-from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, add_amp, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import autocast, pick_device
 from shared_utils.modes import evaluating
@@ -99,7 +99,7 @@ def build_parser():
     parser.add_argument("--batch-size", type=positive_int, default=8, help="scenes per update")
     parser.add_argument("--width", type=positive_int, default=16, help="channels of the backbone's first layers")
     parser.add_argument("--lr", type=positive_float, default=1e-3, help="highest learning rate of one cycle (AdamW)")
-    parser.add_argument("--amp", action="store_true", help="the backbone computes in bfloat16")
+    add_amp(parser, "the backbone computes in bfloat16")
     parser.add_argument("--resume", action="store_true", help="go on from last.pth")
     return parser
 

@@ -19,13 +19,12 @@ Sources: Jordan 2024, arXiv 2404.00498; Jordan et al. 2024 (Muon).
 Shapes: N images, K classes.
 """
 
-import argparse
 import time
 
 from cnn_cifar.fast_training import INGREDIENTS, FastTraining, Recipe, accuracies
 from cnn_cifar.inputs import add_data_flags, load
 from shared_utils import checkpoint
-from shared_utils.cli import make_parser, positive_float, positive_int, run_main
+from shared_utils.cli import add_amp, make_parser, positive_float, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import check_finite, start_run
@@ -45,8 +44,7 @@ def build_parser():
     parser.add_argument("--sgd-lr", type=positive_float, default=Recipe.sgd_lr, help="SGD's, with --without muon")
     left_out = "leave out: " + ", ".join(f"{name} ({what})" for name, what in INGREDIENTS.items())
     parser.add_argument("--without", nargs="+", choices=INGREDIENTS, default=[], metavar="INGREDIENT", help=left_out)
-    on = {"action": argparse.BooleanOptionalAction, "default": True}
-    parser.add_argument("--amp", **on, help="compute in bfloat16, with float32 parameters")
+    add_amp(parser, default=True)
     parser.add_argument("--resume", action="store_true", help="go on from last.pth")
     return parser
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from cnn_cifar.fast_training import INGREDIENTS, FastTraining, Recipe, accuracies
 from cnn_cifar.inputs import Data, add_data_flags, load
-from shared_utils.cli import add_seeds, make_parser, positive_float, positive_int, run_main
+from shared_utils.cli import add_amp, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
@@ -44,6 +44,7 @@ def build_parser():
     add_seeds(parser, [0, 1, 2], "one training of each rung each", least=2)
     tried = {"type": positive_float, "nargs": "+", "default": [0.03, 0.1, 0.3, 1.0]}
     parser.add_argument("--sgd-lrs", **tried, help="SGD's rates, of which the best for the first seed is taken")
+    add_amp(parser, default=True)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
     return parser
 
@@ -109,7 +110,7 @@ def trained(recipe: Recipe, rung: str, seed: int, data: Data, args, run: Run) ->
         return row
     seed_everything(args.seed + seed)
     started = time.perf_counter()
-    training = FastTraining(recipe, data.train, len(data.classes), args.seed + seed, amp=True)
+    training = FastTraining(recipe, data.train, len(data.classes), args.seed + seed, amp=args.amp)
     for epoch in range(recipe.epochs):
         loss = training.epoch(epoch)
     seconds = time.perf_counter() - started

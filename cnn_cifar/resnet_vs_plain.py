@@ -23,7 +23,6 @@ residual networks at initialisation).
 Shapes: N images, B batch, K classes, U updates, L layers.
 """
 
-import argparse
 import time
 
 import numpy as np
@@ -35,7 +34,7 @@ from cnn_cifar.augment import random_crop, random_flip
 from cnn_cifar.inputs import Data, add_data_flags, load, loss_and_accuracy, pixels
 from cnn_cifar.models import get_param_groups, pixel_resnet
 from shared_utils.checkpoint import load_arrays, save_arrays
-from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, add_amp, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import autocast, pick_device
 from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
@@ -58,8 +57,7 @@ def build_parser():
     parser.add_argument("--train-size", type=positive_int, help="images to train on (default: all)")
     rates = "highest learning rates, of which each network gets the better one"
     parser.add_argument("--lrs", type=positive_float, nargs="+", default=[0.03, 0.1], help=rates)
-    on = {"action": argparse.BooleanOptionalAction, "default": True}
-    parser.add_argument("--amp", **on, help="compute in bfloat16, with float32 parameters")
+    add_amp(parser, default=True)
     add_seeds(parser, [0, 1, 2], "one training of each network", least=2)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that are missing")
     return parser

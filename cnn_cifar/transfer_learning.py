@@ -44,7 +44,16 @@ from cnn_cifar.models import IMAGENET, Normalize, get_param_groups
 from cnn_cifar.pretrained import backbone, imagenet_weights, read_weights
 from cnn_cifar.resnet import ResNet
 from shared_utils import checkpoint
-from shared_utils.cli import UserError, add_seeds, at_least, make_parser, positive_float, positive_int, run_main
+from shared_utils.cli import (
+    UserError,
+    add_amp,
+    add_seeds,
+    at_least,
+    make_parser,
+    positive_float,
+    positive_int,
+    run_main,
+)
 from shared_utils.data import endless_minibatches, stratified_order
 from shared_utils.device import autocast, pick_device
 from shared_utils.modes import evaluating
@@ -77,8 +86,7 @@ def build_parser():
     parser.add_argument("--width", type=positive_int, default=64, help="channels of the first stage (ResNet-18's: 64)")
     rates = {"type": positive_float, "nargs": "+", "default": [0.01, 0.1]}
     parser.add_argument("--lrs", **rates, help="highest learning rates of one cycle; each way gets the better one")
-    on = {"action": argparse.BooleanOptionalAction, "default": True}
-    parser.add_argument("--amp", **on, help="compute in bfloat16, with float32 parameters")
+    add_amp(parser, default=True)
     add_seeds(parser, [0, 1, 2], "other images, other starts", least=2)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
     return parser

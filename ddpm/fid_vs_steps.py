@@ -25,7 +25,7 @@ from ddpm.features import Classifier, frechet_distance, frechet_error, seen, tra
 from ddpm.inputs import FEWEST, Data, add_data_flags, load
 from ddpm.sampling import draw_all
 from shared_utils import checkpoint
-from shared_utils.cli import UserError, make_parser, positive_int, run_main
+from shared_utils.cli import UserError, add_amp, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import line_style, new_figure, save_figure
 from shared_utils.runs import Run, start_run
@@ -50,7 +50,7 @@ def build_parser():
     parser.add_argument("--without-ddpm", action="store_true", help="leave out the one that takes all steps")
     parser.add_argument("--epochs", type=positive_int, default=5, help="of the classifier")
     parser.add_argument("--batch-size", type=positive_int, default=250, help="images drawn together")
-    parser.add_argument("--amp", action="store_true", help="draw in bfloat16")
+    add_amp(parser, "draw in bfloat16")
     parser.add_argument("--resume", action="store_true", help="go on where a stopped study was")
     return parser
 

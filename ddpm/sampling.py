@@ -34,6 +34,7 @@ from ddpm.unet import UNet
 from shared_utils.checkpoint import save_arrays
 from shared_utils.cli import (
     UserError,
+    add_amp,
     fraction,
     make_parser,
     non_negative_float,
@@ -64,7 +65,7 @@ def build_parser():
     parser.add_argument("--batch-size", type=positive_int, default=250, help="images drawn together")
     parser.add_argument("--label", type=non_negative_int, help="the class to draw (default: each equally often)")
     parser.add_argument("--guidance", type=non_negative_float, default=1.0, help="w; 1: none")
-    parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
+    add_amp(parser, "compute in bfloat16")
     return parser
 
 

@@ -36,7 +36,7 @@ from ddpm.diffusion import PREDICTIONS, SCHEDULES, GaussianDiffusion
 from ddpm.inputs import Data, Part, add_data_flags, load, scaled, shades
 from ddpm.unet import UNet
 from shared_utils import checkpoint
-from shared_utils.cli import UserError, fraction, make_parser, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, add_amp, fraction, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import autocast
 from shared_utils.distributed import World, main_first, process_group, shard, total, wrap
@@ -70,7 +70,7 @@ def build_parser():
     parser.add_argument("--ema", type=fraction, default=0.999, help="how much of the mean weights an update leaves")
     parser.add_argument("--val-images", type=positive_int, default=2000, help="held-out images in each epoch's loss")
     parser.add_argument("--sample-every", type=positive_int, default=5, help="epochs between two pictures of samples")
-    parser.add_argument("--amp", action="store_true", help="compute in bfloat16, with float32 parameters")
+    add_amp(parser)
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--resume", action="store_true", help="go on from last.pth")
     return parser

@@ -24,17 +24,18 @@ from shared_utils.data import load_images, load_text
 from shared_utils.runs import ROOT, read_json, start_run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+SMALL = ["--dataset", "{pictures}", "--val-size", "12", "--batch-size", "16"]
 FLAGS = {  # more than --quick, where that has no checkpoint on its way
     "autoencoder/ae_experiments": [],
     "cnn_cifar/adversarial_training": [],
     "cnn_cifar/allcnn": ["--epochs", "3"],
-    "cnn_cifar/augmentation_study": ["--train-size", "100", "--val-size", "100"],
+    "cnn_cifar/augmentation_study": [*SMALL, "--train-size", "60"],
     "cnn_cifar/compare_mnist_models": ["--models", "fcnn", "cnn", "--seeds", "0", "1", "--recipe", "strong"],
     "cnn_cifar/data_efficiency": ["--sizes", "32"],
     "cnn_cifar/detect_digits": ["--epochs", "3"],
     "cnn_cifar/fast_cifar": ["--epochs", "3"],
-    "cnn_cifar/fast_cifar_ladder": ["--val-size", "4000"],
-    "cnn_cifar/resnet_vs_plain": [],
+    "cnn_cifar/fast_cifar_ladder": SMALL,
+    "cnn_cifar/resnet_vs_plain": [*SMALL, "--train-size", "60"],
     "cnn_cifar/transfer_learning": [],
     "ddpm/fid_vs_steps": ["--ckpt", "{ckpt}"],
     "ddpm/train_ddpm": ["--epochs", "4"],
@@ -86,14 +87,15 @@ def ended(processes, name, argv, *, after=None, by=signal.SIGKILL, room=None):
 
 
 @pytest.fixture(scope="module")
-def made(processes, tmp_path_factory):
-    """What two of the scripts read: the places in their flags."""
+def made(processes, pictures, tmp_path_factory):
+    """What some of the scripts read: the places in their flags."""
     top = tmp_path_factory.mktemp("made")
     quick = ["--quick", "--runs-dir", str(top)]
     for name, flags in (("ddpm/train_ddpm", ["--device", "cpu"]), ("transformer_lm/prepare_data", [])):
         code, said = ended(processes, name, [*quick, *flags])
         assert code == 0, said
-    return {"ckpt": str(top / "ddpm/train_ddpm/ema.pth"), "corpus": str(top / "transformer_lm/prepare_data")}
+    corpus = str(top / "transformer_lm/prepare_data")
+    return {"ckpt": str(top / "ddpm/train_ddpm/ema.pth"), "corpus": corpus, "pictures": str(pictures)}
 
 
 TIMES = ("run", "minutes", "random_states")

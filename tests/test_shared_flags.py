@@ -31,3 +31,16 @@ def test_a_model_of_other_data_is_refused():
             checkpoint.refuse_other_data("best.pth", learned, asked)
     with pytest.raises(UserError, match="--per-class None, not 5"):
         checkpoint.refuse_other_data("best.pth", learned, {"per_class": 5})
+
+
+def test_bfloat16_is_off_in_quick_runs_unless_asked_for(capsys):
+    parser = make_parser(DOC)
+    cli.add_amp(parser, default=True)
+    for given, amp in ([], True), (["--no-amp"], False), (["--quick"], False), (["--quick", "--amp"], True):
+        assert parser.parse_args(given).amp == amp
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    assert "--no-amp" in capsys.readouterr().out.rpartition("With --quick the defaults are:")[2]
+    plain = make_parser(DOC)
+    cli.add_amp(plain)
+    assert [plain.parse_args(given).amp for given in ([], ["--quick"], ["--amp"])] == [False, False, True]

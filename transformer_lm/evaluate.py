@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shared_utils.cli import UserError, make_parser, positive_int, run_main
+from shared_utils.cli import UserError, add_amp, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import find_output, replacing, start_run
@@ -53,7 +53,7 @@ def build_parser():
     parser.add_argument("--order", type=positive_int, default=5, help="tokens of Kneser-Ney's longest n-gram")
     parser.add_argument("--texts", type=positive_int, default=20, help="drawn from the model")
     parser.add_argument("--text-tokens", type=positive_int, default=200, help="of each of them")
-    parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
+    add_amp(parser, "compute in bfloat16")
     return parser
 
 

@@ -34,6 +34,7 @@ from torch import nn
 from shared_utils import checkpoint
 from shared_utils.cli import (
     UserError,
+    add_amp,
     fraction,
     make_parser,
     non_negative_float,
@@ -84,7 +85,7 @@ def build_parser():
     parser.add_argument("--eval-every", type=positive_int, default=250, help="updates between two validations")
     parser.add_argument("--eval-tokens", type=positive_int, help="validation tokens (default: all)")
     parser.add_argument("--sample-tokens", type=positive_int, default=60, help="of the text drawn at each validation")
-    parser.add_argument("--amp", action="store_true", help="compute in bfloat16, with float32 parameters")
+    add_amp(parser)
     parser.add_argument("--compile", action="store_true", help="torch.compile the network")
     parser.add_argument("--resume", action="store_true", help="go on from last.pth")
     return parser
