@@ -160,7 +160,7 @@ def add_amp(
 ) -> None:
     """Add `--amp` and `--no-amp`. A default of True is for real runs: with `--quick` it is off.
 
-    On a CPU without AVX-512 BF16, most laptops' among them, bfloat16 is two or three times slower than float32.
+    On a CPU without AVX-512 BF16, most laptops' among them, bfloat16 was 1.6 to 2.4 times slower than float32.
     """
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=default, help=about)
     if default:
