@@ -219,11 +219,15 @@ def test_rows_of_the_comparison(tmp_path, data):
 @torch.no_grad()
 def test_the_codes_of_each_are_looked_up(data, monkeypatch):
     monkeypatch.setattr(pca_baseline, "vote_accuracy", lambda code, data: code(data.x_train).square().mean().item())
+    given = []
+    monkeypatch.setattr(pca_baseline, "fit", lambda *args: given.append(args) or fit(*args))
     recipe, pca = Recipe((16, 4), epochs=1, batch_size=64), fit_pca(data.x_train, 8)
     row, x = pca_baseline.compare(4, recipe, data, pca, 0), data.x_train
     assert row["pca_knn"] == pytest.approx(pca.first(4).project(x).square().mean().item())
-    model = recipe.build(0, 784)
-    fit(model, recipe, data.x_train, data.x_val, 0)
+    ((model, used, train, val, seed),) = given  # a second training may differ in the last bits
+    assert (used, seed) == (recipe, 0)
+    assert train is data.x_train
+    assert val is data.x_val
     assert row["ae_knn"] == pytest.approx(codes(model, x).square().mean().item())
 
 
