@@ -1,7 +1,7 @@
 """Which network reads digits best, and at what cost: layers, convolutions, a transformer, or ImageNet's veterans?
 
     python cnn_cifar/compare_mnist_models.py --amp
-    python cnn_cifar/compare_mnist_models.py --models cnn --recipe strong --amp --out runs/cnn_cifar/strong
+    python cnn_cifar/compare_mnist_models.py --models slim_cnn --recipe strong --amp --out runs/cnn_cifar/strong
     python cnn_cifar/compare_mnist_models.py --models vgg16 alexnet --pretrained --amp --out runs/cnn_cifar/pretrained
 
 Each network of zoo.py is trained as digit_training.py says, on all training images; the last epoch's weights count, and
@@ -53,6 +53,7 @@ from shared_utils.runs import Run, replacing, start_run
 from shared_utils.seeding import seed_everything
 from shared_utils.stats import mcnemar, wilson_interval
 
+SIX = ["fcnn", "cnn", "deep_cnn", "vit", "vgg16", "alexnet"]
 KEPT = ("probabilities", "losses", "accuracies", "seconds", "images_per_second", "parameters", "title")
 
 
@@ -61,7 +62,7 @@ def build_parser():
     quick = {"models": ["fcnn", "cnn", "deep_cnn", "vit"], "epochs": 1}
     parser = make_parser(__doc__, quick=quick)
     add_data_flags(parser, batch_size=64, val_size=0)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="which networks of zoo.py")
+    parser.add_argument("--models", nargs="+", default=SIX, help=f"which networks of zoo.py: {' '.join(MODELS)}")
     parser.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
     parser.add_argument("--torchvision-epochs", type=positive_int, default=5, help="those of vgg16 and alexnet")
     parser.add_argument("--recipe", choices=RECIPES, default="plain", help="strong: distorted images, smoothed labels")
@@ -105,7 +106,7 @@ def main(argv=None) -> dict:
     about = f"{data.title}, {len(data.train):,} images, {epochs}, {args.recipe} recipe"
     save_figure(draw_comparison(rows, pairs, about), run.path("model_comparison.png"))
     save_figure(draw_curves(found, rows, "validation" if data.val else "test", about), run.path("training_curves.png"))
-    save_figure(draw_samples(data, args.models, args.recipe, args.seed), run.path("sample_images.png"))
+    save_figure(draw_samples(data, args.recipe, args.seed), run.path("sample_images.png"))
     matrices = {
         row["label"]: counted(y, outcomes[0]["probabilities"].argmax(1), labels=range(len(data.classes)))
         for row, outcomes in zip(rows, found.values(), strict=True)

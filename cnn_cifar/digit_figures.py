@@ -5,7 +5,7 @@ import torch
 from matplotlib.ticker import NullFormatter
 from torch import Generator
 
-from cnn_cifar.digit_training import BEND, BENT, distorted
+from cnn_cifar.digit_training import distorted
 from cnn_cifar.inputs import Data, pixels
 from cnn_cifar.vit import ViT, position_similarity, rollout
 from shared_utils.plotting import COLORS, confusion_matrix, image_grid, line_style, new_figure
@@ -76,12 +76,12 @@ def draw_curves(found: dict[str, list[dict]], rows: list[dict], split: str, abou
     return figure
 
 
-def draw_samples(data: Data, models: list[str], recipe: str, seed: int):
-    """A training image of each class, and what the strong recipe makes of it for the first of the networks."""
+def draw_samples(data: Data, recipe: str, seed: int):
+    """A training image of each class, and what the strong recipe makes of it."""
     y = data.train.y.cpu()
     first = torch.stack([(y == label).nonzero()[0, 0] for label in y.unique()])
     x, generator = pixels(data.train.x.cpu()[first]), Generator().manual_seed(seed)
-    rows = [x, *(distorted(x, generator, BEND if models[0] in BENT else 0.0) for _ in range(3))]
+    rows = [x, *(distorted(x, generator) for _ in range(3))]
     figure, axes = new_figure(width=8.6, height=3.9)
     image_grid(axes[0, 0], torch.cat(rows)[:, 0].numpy(), len(x), vmin=0, vmax=1)
     used = "is shown these" if recipe == "strong" else "is shown the first row alone"

@@ -1,16 +1,13 @@
 """How the networks of zoo.py are trained: by which optimizer, on which images.
 
-    fcnn, cnn, deep_cnn   Adam, rate 1e-3, weight decay 1e-5
+    fcnn and the CNNs     Adam, rate 1e-3, weight decay 1e-5
     vit                   AdamW, rate 1e-3, weight decay 0.05
     vgg16, alexnet        Adam, rate 1e-4; with ImageNet's weights on the layers after the convolutions alone
 
 The rate rises over a tenth of the updates and falls to 0 along half a cosine. The `strong` recipe turns, stretches,
-shears and shifts every image anew each time that it is seen, and smooths the labels by 0.1. For cnn and deep_cnn it
-also bends the images by half a pixel, and turns dropout off: of 5,000 validation images the cnn of ten epochs got 36
-wrong with dropout and unbent images, 32 without dropout, 28 when they were bent besides, and 53 when they were bent by
-a whole pixel. That is one training each, a guide and no proof; on test images no gain is shown.
+shears and shifts every image anew each time that it is seen, and smooths the labels by 0.1.
 Sources: Kingma and Ba 2015 (Adam); Loshchilov and Hutter 2019 (AdamW); Simard, Steinkraus and Platt 2003 (distorted
-and bent digits); Szegedy et al. 2016 (smoothed labels).
+digits); Szegedy et al. 2016 (smoothed labels).
 Shapes: N images uint8 (N, 1, H, W), B batch, F features, K classes.
 """
 
@@ -27,7 +24,6 @@ from cnn_cifar.inputs import Split, pixels, share
 from cnn_cifar.zoo import TORCHVISION, Torchvision
 from shared_utils.data import minibatches
 from shared_utils.device import autocast
-from shared_utils.dropout import Dropout
 from shared_utils.modes import evaluating
 from shared_utils.runs import check_finite
 from shared_utils.schedules import one_cycle
@@ -35,8 +31,6 @@ from shared_utils.seeding import seed_everything
 
 RECIPES = ("plain", "strong")
 DEGREES, STRETCH, SHEAR, SHIFT = 12.0, 0.12, 0.15, 2.0  # at most: an angle, parts of the size, a slope, pixels
-BEND = 0.5  # the standard deviation of each of 5×5 points' way, in pixels
-BENT = ("cnn", "deep_cnn")
 SMOOTHING = 0.1
 RISE = 0.1  # the part of all updates in which the rate goes up
 TOGETHER, LARGE_TOGETHER = 250, 25  # images looked at without learning; at 224×224, where VGG16's maps are of 13 MB
@@ -51,12 +45,8 @@ class Trained:
     seconds: float = 0.0
 
 
-def distorted(x: Tensor, generator: Generator, bend: float = 0.0) -> Tensor:
-    """Each float image (B, 1, H, W) turned, stretched, sheared and shifted by amounts of its own; black comes in.
-
-    bend: 5×5 points go each its own way, of this standard deviation (pixels) in x and in y, and what lies between
-    follows smoothly.
-    """
+def distorted(x: Tensor, generator: Generator) -> Tensor:
+    """Each float image (B, 1, H, W) turned, stretched, sheared and shifted by amounts of its own; black comes in."""
     uniform = 2 * torch.rand(6, len(x), generator=generator, device=generator.device).to(x.device) - 1  # in −1 … 1
     turn, shear = math.radians(DEGREES) * uniform[0], SHEAR * uniform[1]
     wide, tall = (math.log1p(STRETCH) * uniform[2:4]).exp()
@@ -65,10 +55,6 @@ def distorted(x: Tensor, generator: Generator, bend: float = 0.0) -> Tensor:
     # Where a pixel of the new image comes from: the turn of ((wide, shear), (0, tall)), and the shift.
     rows = [cos * wide, cos * shear - sin * tall, right, sin * wide, sin * shear + cos * tall, down]
     grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(x.shape), align_corners=False)
-    if bend:
-        ways = torch.randn(len(x), 2, 5, 5, generator=generator, device=generator.device).to(x.device)
-        ways = F.interpolate(ways, x.shape[-2:], mode="bicubic", align_corners=True)  # (B, 2, H, W)
-        grid += 2 * bend / x.shape[-1] * ways.permute(0, 2, 3, 1)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
@@ -105,11 +91,6 @@ def fit(
         train = Split(features_of(network, train.x, amp), train.y)
         learner, found.seconds = network.classifier, time.perf_counter() - started
         test = test and Split(features_of(network, test.x, amp), test.y)
-    bend = BEND if name in BENT else 0.0
-    if strong and bend:
-        for module in network.modules():
-            if isinstance(module, Dropout):
-                module.p = 0.0
     optimizer = optimizer_of(name, network)
     peak, per_epoch = optimizer.param_groups[0]["lr"], len(train) // batch_size
     order, generator = np.random.default_rng(seed), Generator(device).manual_seed(seed)
@@ -124,7 +105,7 @@ def fit(
                 group["lr"] = one_cycle(step, epochs * per_epoch, peak, rise=RISE)
             x = seen(train.x[batch])
             if strong:
-                x = distorted(x, generator, bend)
+                x = distorted(x, generator)
             with autocast(device, amp):
                 logits = learner(x)  # (B, K)
             loss = F.cross_entropy(logits.float(), train.y[batch], label_smoothing=SMOOTHING if strong else 0.0)

@@ -1,8 +1,9 @@
-"""Six classifiers of digits, from a network that sees pixels in no order to one that sees the whole image at once.
+"""Seven classifiers of digits, from a network that sees pixels in no order to one that sees the whole image at once.
 
     fcnn       784 → 512 → 256 → 10, no convolution
     cnn        three convolutions (32, 64, 128 channels), each pooled: 28 → 14 → 7 → 3; then 1152 → 256 → 128 → 10
     deep_cnn   three pairs (64, 128, 256 channels), each pooled; then 2304 → 512 → 10
+    slim_cnn   seven convolutions (32, 32 | 64, 64 | 96, 96, 128 channels), twice pooled; the mean of 7×7 positions → 10
     vit        a vision transformer (vit.py)
     vgg16      torchvision's, thirteen convolutions
     alexnet    torchvision's, five
@@ -69,6 +70,17 @@ def deep_cnn(num_classes: int = 10) -> nn.Sequential:
     return convolutional((64, 128, 256), 2, (512,), num_classes)
 
 
+def slim_cnn(num_classes: int = 10) -> nn.Sequential:
+    """Seven convolutions and no hidden layer: fewer parameters than the CNN, more of them at work at each position."""
+    layers: list[nn.Module] = [Normalize(**MNIST)]
+    widths = (1, 32, 32, 64, 64, 96, 96, 128)
+    for index, pair in enumerate(pairwise(widths)):
+        layers += convolution(*pair)
+        if index in (1, 3):
+            layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
+
+
 class Torchvision(nn.Module):
     """torchvision's VGG16 or AlexNet for digits: (B, 1, 28, 28) of [0, 1] → logits (B, K).
 
@@ -110,9 +122,15 @@ class Torchvision(nn.Module):
         return self.classifier(self.features(x))
 
 
-OURS: dict[str, Callable[[int], nn.Module]] = {"fcnn": fcnn, "cnn": cnn, "deep_cnn": deep_cnn, "vit": ViT}
+OURS: dict[str, Callable[[int], nn.Module]] = {
+    "fcnn": fcnn,
+    "cnn": cnn,
+    "deep_cnn": deep_cnn,
+    "slim_cnn": slim_cnn,
+    "vit": ViT,
+}
 MODELS = (*OURS, *TORCHVISION)
-TITLES = {"fcnn": "FCNN", "cnn": "CNN", "deep_cnn": "deep CNN", "vit": "ViT"}
+TITLES = {"fcnn": "FCNN", "cnn": "CNN", "deep_cnn": "deep CNN", "slim_cnn": "slim CNN", "vit": "ViT"}
 
 
 def title_of(name: str, pretrained: bool) -> str:

@@ -71,33 +71,6 @@ def test_images_are_distorted_as_far_as_it_says(monkeypatch):
     assert torch.allclose(at[:, 1], torch.full((200,), 8.5), atol=0.05)
 
 
-def test_images_are_bent_as_far_as_it_says(monkeypatch):
-    only(monkeypatch)
-    generator = Generator().manual_seed(0)
-    for bend in (0.5, 1.0):
-        ways = middles(distorted(spot(14, 14), generator, bend)) - 14  # beside the middle one of the 5×5 points
-        assert 0.7 * bend < ways.std(0).min() < ways.std(0).max() < 1.1 * bend
-        assert ways.mean(0).abs().max() < 0.2 * bend
-        assert abs(np.corrcoef(ways.T)[0, 1]) < 0.2  # x and y each by itself
-    slope = torch.arange(28.0).expand(200, 1, 28, 28)  # its change tells how far each place was moved
-    far = (distorted(slope, generator, 0.5) - slope)[:, 0, 4:-4, 4:-4]
-    assert 0.3 < far.std() < 0.5  # between the points less
-    assert abs(np.corrcoef(far[:, 0, 0], far[:, -1, -1])[0, 1]) < 0.2  # places far apart go each its own way
-    assert np.corrcoef(far[:, 9, 9], far[:, 10, 10])[0, 1] > 0.8  # neighbours together
-
-
-def test_the_strong_recipe_bends_and_drops_nothing_for_convolutions_alone(monkeypatch):
-    bent = []
-    monkeypatch.setattr(digit_training, "distorted", lambda x, generator, bend: bent.append(bend) or x)
-    for name, bend, dropout in (("fcnn", 0.0, True), ("cnn", 0.5, False), ("deep_cnn", 0.5, False)):
-        network, *_ = trained(name, epochs=1, strong=True, data=images(20))
-        assert set(bent) == {bend}
-        assert any(module.p > 0 for module in network.modules() if isinstance(module, Dropout)) == dropout
-        bent.clear()
-    network, *_ = trained("cnn", epochs=1, data=images(20))
-    assert {module.p for module in network.modules() if isinstance(module, Dropout)} == {0.25, 0.5}
-
-
 def test_the_optimizers_are_those_of_the_docstring(weights_of):
     found = {}
     for name in ("fcnn", "cnn", "vit"):
@@ -157,7 +130,7 @@ def test_digits_are_learned_by_heart_and_the_accuracy_is_that_of_the_images():
 
 def test_the_strong_recipe_smooths_the_labels_and_distorts(monkeypatch):
     strong = trained(strong=True)[1].losses[0]
-    monkeypatch.setattr(digit_training, "distorted", lambda x, generator, bend: x)
+    monkeypatch.setattr(digit_training, "distorted", lambda x, generator: x)
     smooth = trained(strong=True)[1].losses[0]
     assert strong != smooth
     network = zoo.build("fcnn", 10)  # a single update at which nothing is random but dropout, which is turned off

@@ -182,7 +182,7 @@ def test_a_comparison_that_cannot_be_made_gets_one_line(digits, tmp_path, fails,
     out = tmp_path / "out"
     flags = [*COMPARE, "--dataset", digits, "--out", out]
     said = fails(compare_mnist_models, [*flags, "--models", "cnn", "resnet"], out)
-    assert "--models resnet: unknown; there are fcnn, cnn, deep_cnn, vit, vgg16, alexnet" in said
+    assert "--models resnet: unknown; there are fcnn, cnn, deep_cnn, slim_cnn, vit, vgg16, alexnet" in said
     assert "--models cnn cnn: each once" in fails(compare_mnist_models, [*flags, "--models", "cnn", "cnn"], out)
     assert "different seeds, 1 or more, got 1 1" in fails(compare_mnist_models, [*flags, "--seeds", 1, 1], out)
     assert "--pretrained: for vgg16 and alexnet" in fails(compare_mnist_models, [*flags, "--pretrained"], out)

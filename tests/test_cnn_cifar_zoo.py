@@ -157,6 +157,7 @@ def test_the_networks_have_the_parameters_of_the_formulas():
         "fcnn": 784 * 512 + 2 * 512 + 512 * 256 + 2 * 256 + dense(256, 10),
         "cnn": conv(1, 32) + conv(32, 64) + conv(64, 128) + dense(128 * 9, 256, 128, 10),
         "deep_cnn": sum(conv(*pair) for pair in pairs) + dense(256 * 9, 512, 10),
+        "slim_cnn": sum(conv(*pair) for pair in pairwise((1, 32, 32, 64, 64, 96, 96, 128))) + dense(128, 10),
     }
     for name, count in expected.items():
         assert sum(p.numel() for p in zoo.build(name, 10).parameters()) == count
@@ -215,4 +216,4 @@ def test_a_figure_says_with_what_a_network_begins():
         "VGG16, ImageNet's, frozen",
         "AlexNet, ImageNet's, frozen",
     }
-    assert [zoo.title_of(name, False) for name in zoo.OURS] == ["FCNN", "CNN", "deep CNN", "ViT"]
+    assert [zoo.title_of(name, False) for name in zoo.OURS] == ["FCNN", "CNN", "deep CNN", "slim CNN", "ViT"]
