@@ -14,7 +14,7 @@ momentum; weights decay, biases and BatchNorm's parameters do not:
 With `--schedule step` η is 0.1, from 40 % of the updates on 0.01, from 80 % on 0.001, however many epochs there are.
 The validation images choose the epoch; the test images come last, for the chosen weights and for those of the last
 epoch. All images lie on the device, and each batch is augmented there at once. `--amp` computes in bfloat16, which is
-several times as fast on a CPU that has it (benchmark.py).
+about twice as fast on a CPU that has it (benchmark.py). The seconds are those of training and validation.
 
 Writes allcnn_t_best.pth, allcnn_t_last.pth, training_curves.png, training_curves.json, augmentations_grid.png,
 history.csv, metrics.json.
@@ -199,7 +199,7 @@ def train(args, world) -> dict:
 
 
 def draw_curves(history: dict[str, list[float]], best: dict, test_accuracy: float, about: str):
-    """Loss and accuracy by epoch, and where the learning rate is a tenth of what it was."""
+    """Loss and accuracy by epoch."""
     figure, axes = new_figure(1, 2, width=10.4, height=4.4)
     epoch = history["epoch"]
     losses = {"training, augmented": "train_loss", "validation": "val_loss"}

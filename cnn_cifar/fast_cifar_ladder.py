@@ -114,7 +114,7 @@ def trained(recipe: Recipe, rung: str, seed: int, data: Data, args, run: Run) ->
     for epoch in range(recipe.epochs):
         loss = training.epoch(epoch)
     seconds = time.perf_counter() - started
-    found = {f"accuracy {name}": value for name, value in accuracies(training.network, data.val, True).items()}
+    found = {f"accuracy {name}": value for name, value in accuracies(training.network, data.val, args.amp).items()}
     run.log(**key, train_loss=loss, **found, seconds=round(seconds, 1))
     return run.history()[-1]
 

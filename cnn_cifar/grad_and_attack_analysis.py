@@ -5,7 +5,8 @@
 
 Attacks (attacks.py) on a network that allcnn.py or fast_cifar.py trained: `--eps` in grey levels of 255, and `--alpha`
 (a fifth of it by default) for the iterative one of `--steps` steps. PGD's α is 2.5 ε over its number of steps, so that
-it can cross the ball. What counts is the worst case: an image is safe when no attack at ε moves it (`strongest`).
+it can cross the ball. What counts is the worst case: an image is safe when neither noise nor FGSM nor any of the PGDs
+at ε moves it (`strongest`).
 
 One step says little: where the loss is curved, its gradient points past the nearest mistake. So accuracy is measured
 against ε, against the number of steps and of starts, and beside noise of the same size, each pixel moved by +ε or −ε at

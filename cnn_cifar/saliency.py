@@ -165,8 +165,8 @@ def draw_maps(images: np.ndarray, maps: dict[str, Tensor], names: list[str], abo
     for column, name in enumerate(names):
         axes[0, column].imshow(images[column].transpose(1, 2, 0), interpolation="nearest")
         axes[0, column].set_title(name, fontsize=9)
-        for row, values in enumerate(maps.values(), start=1):
-            show_map(axes[row, column], values[column].cpu().numpy())
+        for row, (method, values) in enumerate(maps.items(), start=1):
+            show_map(axes[row, column], values[column].cpu().numpy(), method)
     for ax, name in zip(axes[:, 0], ("image", *maps), strict=True):
         ax.set_ylabel(name, fontsize=9)
     for ax in axes.ravel():
@@ -178,10 +178,10 @@ def draw_maps(images: np.ndarray, maps: dict[str, Tensor], names: list[str], abo
     return figure
 
 
-def show_map(ax, values: np.ndarray) -> None:
-    """A map in grey, or, where it has both signs, in blue and red around white."""
+def show_map(ax, values: np.ndarray, method: str) -> None:
+    """A map in blue and red around white, or that of the input gradient, which has no sign, in grey."""
     top = max(np.abs(values).max(), 1e-30)
-    signed = values.min() < 0
+    signed = method != "input gradient"
     ax.imshow(
         values, cmap="RdBu_r" if signed else "gray", vmin=-top if signed else 0, vmax=top, interpolation="nearest"
     )
@@ -205,10 +205,10 @@ def draw_randomization(forgotten: list[str], steps: list[dict], original: dict, 
     ax.legend(loc="upper right")
     axes = right.subplots(len(original), 1 + len(some), squeeze=False)
     for row, method in enumerate(original):
-        show_map(axes[row, 0], original[method])
+        show_map(axes[row, 0], original[method], method)
         axes[row, 0].set_ylabel(method, fontsize=8)
         for column, name in enumerate(some, start=1):
-            show_map(axes[row, column], examples[method, name])
+            show_map(axes[row, column], examples[method, name], method)
             if not row:
                 axes[row, column].set_title(name.removesuffix(".conv"), fontsize=7)
     axes[0, 0].set_title("as trained", fontsize=7)

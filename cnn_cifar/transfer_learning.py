@@ -201,16 +201,16 @@ def trained(way: str, count: int, seed: int, lr: float, given: dict[str, Tensor]
         return row
     started = time.perf_counter()
     device = data.train.y.device
-    chosen = stratified_order(data.train.y.cpu().numpy(), np.random.default_rng(seed))[:count]
+    chosen = stratified_order(data.train.y.cpu().numpy(), np.random.default_rng(args.seed + seed))[:count]
     chosen = torch.from_numpy(chosen).to(device)
     labelled = Split(data.train.x[chosen], data.train.y[chosen])
-    seed_everything(seed)
+    seed_everything(args.seed + seed)
     if way == "frozen":
         network = nn.Linear(data.train.x.shape[1], len(data.classes)).to(device)  # all that learns
     else:
         features = backbone(args.width, None if way == "scratch" else given, "")
         network = complete(features, args.width, len(data.classes), device)
-    loss = fit(network, labelled, lr, updates_for(count, args), seed, args)
+    loss = fit(network, labelled, lr, updates_for(count, args), args.seed + seed, args)
     seconds = round(time.perf_counter() - started, 2)
     train, val, test = (accuracy(network, split, args) for split in (labelled, data.val, data.test))
     right = {"train_accuracy": train, "val_accuracy": val if math.isfinite(loss) else 0.0, "test_accuracy": test}

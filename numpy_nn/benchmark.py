@@ -164,7 +164,7 @@ def column_convolution(x: np.ndarray, W: np.ndarray) -> np.ndarray:
 
 
 def compare_convolutions(rng: np.random.Generator, repeats: int) -> list[dict]:
-    """A row per way to convolve 16 → 32 channels, 3×3, batch 64, 14×14: milliseconds and MB beside the output."""
+    """A row per way to convolve 16 → 32 channels, 3×3, batch 64, 14×14: milliseconds and MB, the output among them."""
     x = rng.standard_normal((64, 16, 14, 14)).astype(np.float32)
     W = rng.standard_normal((32, 16, 3, 3)).astype(np.float32)
     ways = {

@@ -252,7 +252,7 @@ def main(argv=None) -> dict:
             row = choose(scores, f"{name} on {key}")
             walks[key, name] = path, values = trials[row["lr"]]
             below = np.flatnonzero(values < 1e-3)
-            row |= {"final_value": scores[row["lr"]], "final_point": path[-1]}
+            row |= {"final_value": float(values[-1]), "final_point": path[-1]}
             surfaces[key][name] = row | {"steps_to_0.001": int(below[0]) if len(below) else None}
             run.log(problem=key, optimizer=name, lr=row["lr"], chosen_by=scores[row["lr"]])
 

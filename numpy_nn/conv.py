@@ -7,7 +7,8 @@ place meets; a row of the result is one (channel, place), a column one output pi
 
 so that ∂L/∂W = dY columnsᵀ and ∂L/∂columns = Wᵀ dY, which `add_columns` adds back to where each pixel came from. The
 only Python loop is over the kernel's places. Arrays are (N, C, H, W) for the reader; their memory is laid out
-(C, N, H, W), as the product's result already lies, so that nothing is ever transposed in memory.
+(C, N, H, W), as the product's result already lies, so that between convolutions and poolings nothing is transposed in
+memory.
 
 Shapes: N batch, C channels in, O channels out, H W pixels, H' W' output pixels, k kernel_size, s stride.
 """

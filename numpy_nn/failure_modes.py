@@ -59,6 +59,7 @@ def networks(n_classes: int, seed: int) -> dict[str, tuple[Sequential, float]]:
         "weights of σ = 1": (wide(fresh(), 1.0), 1.0),
         **{f"both, σ = 0.5, draw {draw}": (wide(on_logits(), 0.5, draw), 1.0) for draw in (1, 2, 3)},
         "standardised pixels × 80": (fresh(), 80.0),
+        "weights of σ = 0.5 alone, draw 1": (wide(fresh(), 0.5, 1), 1.0),
     }
 
 

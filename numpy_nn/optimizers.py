@@ -40,7 +40,7 @@ class Optimizer:
 class SGD(Optimizer):
     """v ← μ v + g,  w ← w − lr v;  with Nesterov's look-ahead  w ← w − lr (g + μ v).
 
-    v starts as the first gradient, not as zero (Sutskever et al. 2013, in PyTorch's form).
+    Source: Sutskever et al. 2013, in PyTorch's form.
     """
 
     def __init__(self, layers, lr: float, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0):
@@ -51,7 +51,7 @@ class SGD(Optimizer):
 
     def update(self, w, g, state):
         if self.momentum:
-            state["v"] = self.momentum * state["v"] + g if "v" in state else g.copy()
+            state["v"] = self.momentum * state.get("v", 0.0) + g
             g = g + self.momentum * state["v"] if self.nesterov else state["v"]
         w -= self.lr * g
 

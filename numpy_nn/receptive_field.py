@@ -10,8 +10,9 @@ A layer with kernel k and stride s widens the field r of its units and their dis
 Beside it the truth: the gradient of each layer's middle unit with respect to the input, by the backward pass of the
 real network, its absolute value averaged over random weights and random images. Where it is not zero is the measured
 field, which must begin and end at the very pixels that the theory names. The gradient is far from even in it: the
-effective size is the side of a square with as many pixels as hold 95.45 % of it, largest first (a Gaussian's two
-deviations). For many layers of one kind it should grow as the root of their number (Luo et al. 2016).
+effective size is the side of a square with as many pixels as hold 95.45 % of it, largest first (as much as two
+deviations of a Gaussian hold in one dimension). For many layers of one kind it should grow as the root of their number
+(Luo et al. 2016).
 
 Writes receptive_field.png, receptive_field.csv, metrics.json.
 Shapes: N images, C channels, H W pixels.

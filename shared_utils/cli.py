@@ -45,7 +45,6 @@ def at_least(n: int) -> Callable[[str], int]:
 positive_int, non_negative_int = at_least(1), at_least(0)
 positive_float = _checked(float, lambda v: v > 0 and math.isfinite(v), "a finite number above 0")
 non_negative_float = _checked(float, lambda v: v >= 0 and math.isfinite(v), "a finite number, 0 or more")
-finite_float = _checked(float, math.isfinite, "a finite number")
 seed_number = _checked(int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 4294967295")
 fraction = _checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 share_below_1 = _checked(float, lambda v: 0 <= v < 1, "a number from 0 to below 1")

@@ -84,6 +84,16 @@ def test_the_seed_is_added_to_each_of_the_seeds(module, folders, digits, tmp_pat
 # --- the comparison -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("recipe", ["plain", "strong"])
+def test_the_recipe_is_the_one_that_was_asked_for(recipe, digits, tmp_path, monkeypatch):
+    fit, strong = compare_mnist_models.fit, []
+    monkeypatch.setattr(
+        compare_mnist_models, "fit", lambda *given, **how: strong.append(how["strong"]) or fit(*given, **how)
+    )
+    ran(compare_mnist_models, "--dataset", digits, "--out", tmp_path, "--models", "fcnn", "--recipe", recipe)
+    assert strong == 2 * [recipe == "strong"]  # two seeds
+
+
 def test_the_rows_are_made_of_the_trainings(folders, digits):
     folder, y = folders[compare_mnist_models], labels(digits)
     metrics = read_json(folder / "metrics.json")
@@ -246,11 +256,12 @@ def test_every_size_gets_enough_updates():
 
 
 def test_the_arms_learn_from_the_same_images_and_larger_sizes_contain_smaller(digits, tmp_path, monkeypatch):
-    fit, given = data_efficiency.fit, {}
+    fit, given, strong = data_efficiency.fit, {}, []
 
     def seen(name, network, train, test, **how):
         assert test is None  # read once, at the end
         given.setdefault((len(train), how["seed"]), []).append(train.x)
+        strong.append(how["strong"])
         return fit(name, network, train, test, **{**how, "epochs": 1})
 
     monkeypatch.setattr(data_efficiency, "fit", seen)
@@ -259,6 +270,7 @@ def test_the_arms_learn_from_the_same_images_and_larger_sizes_contain_smaller(di
     for images in given.values():
         assert len(images) == len(ARMS)
         assert all(torch.equal(images[0], other) for other in images)
+    assert strong == 2 * [of_arm for _, of_arm in ARMS.values() for _ in (3, 5)]  # --seeds
     assert torch.equal(given[40, 3][0][:20], given[20, 3][0])
     assert not torch.equal(given[20, 3][0], given[20, 5][0])
 

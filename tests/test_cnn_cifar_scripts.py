@@ -123,8 +123,12 @@ def test_the_epoch_is_chosen_on_validation_images_and_its_weights_are_kept(pictu
         seen.append((len(split), {name: value.clone() for name, value in model.state_dict().items()}))
         return 1.0, accuracies[len(seen) - 1]
 
+    painted = []
+    monkeypatch.setattr(allcnn, "augmented", lambda x, generator, cutout: painted.append(cutout) or x)
     monkeypatch.setattr(allcnn, "loss_and_accuracy", judged)
-    metrics = ran(allcnn, "--dataset", pictures, "--out", tmp_path, *ALLCNN)
+    metrics = ran(allcnn, "--dataset", pictures, "--out", tmp_path, *ALLCNN, "--cutout")
+    assert len(painted) > 5  # each batch, and a few for the figure
+    assert all(painted)
     assert [n for n, _ in seen] == [12] * 5 + [24] * 2  # the test images once at the end, with last and best weights
     for at, epoch in ((5, 5), (6, 2)):
         assert all(torch.equal(value, seen[epoch - 1][1][name]) for name, value in seen[at][1].items())
@@ -201,8 +205,9 @@ def test_the_ladder_adds_one_ingredient_a_rung_and_goes_on(pictures, tmp_path, m
         seeds.append((seed, torch.initial_seed()))
         return training(recipe, images, classes, seed, **named)
 
-    def apart(*given):  # the three ways never agree by chance
-        return {way: value + len(way) + recipes[-1].sgd_lr for way, value in accuracies(*given).items()}
+    def apart(network, val, amp):  # the three ways never agree by chance
+        assert amp  # as it was trained
+        return {way: value + len(way) + recipes[-1].sgd_lr for way, value in accuracies(network, val, amp).items()}
 
     monkeypatch.setattr(fast_cifar_ladder, "FastTraining", watched)
     monkeypatch.setattr(fast_cifar_ladder, "accuracies", apart)

@@ -106,6 +106,15 @@ def test_the_seed_is_added_to_each_of_the_seeds(module, runs_dir, pictures, tmp_
     assert rows == rows_of(runs_dir / named(module) / "history.csv")
 
 
+def test_the_seed_is_added_to_those_of_the_trainings_after_a_source(runs_dir, pictures, tmp_path, no_figures):
+    ran(transfer_learning, "--dataset", pictures, "--out", tmp_path, "--seed", 2, "--seeds", 1, 3)
+    then, now = (
+        [row for row in rows_of(folder / "history.csv") if row["way"] == "scratch"]  # the source has changed too
+        for folder in (runs_dir / "transfer_learning", tmp_path)
+    )
+    assert [{**row, "seed": str(int(row["seed"]) + 2)} for row in now] == then
+
+
 @pytest.mark.parametrize(
     ("module", "flags", "said"),
     [
@@ -181,6 +190,8 @@ def test_what_is_measured_is_what_the_saved_networks_do(runs_dir, pictures):
     assert metrics["networks"][1]["by_eps"][0]["accuracy"] == share(
         survivors(best, Split(data.test.x[:6], data.test.y[:6]))
     )
+    last = [checkpoint.load(folder / f"{kind}_last.pth")["model"] for kind in ("standard", "adversarial")]
+    assert not any(torch.equal(last[0][name], last[1][name]) for name in last[0] if name.endswith("weight"))
     for row in metrics["networks"]:
         assert row["strongest"] <= row["PGD-20"] <= row["by_eps"][0]["accuracy"]
         assert [point["eps"] for point in row["by_eps"]] == [0, 1, 2, 4, 8, 12, 16]

@@ -52,10 +52,19 @@ def commands(readme: Path) -> list[str]:
     return [line.strip().removeprefix("$ ") for line in lines if re.match(r"\s*(\$ )?python ", line)]
 
 
+def inline_commands(readme: Path) -> list[str]:
+    """Each `python folder/script.py …` and `script.py --flag …` of the README's sentences and tables."""
+    prose = re.sub(r"```.*?```", "", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+    found = re.findall(r"`(?:python )?([\w/]+\.py(?: [^`]+| ?))`", prose.replace("\n", " "))
+    folder = readme.parent.relative_to(ROOT)
+    return [f"python {one if '/' in one.split()[0] else folder / one}" for one in found if " -" in one]
+
+
 def test_there_is_something_to_test():
     assert EXPERIMENTS
     assert SCRIPTS
     assert commands(ROOT / "README.md")
+    assert inline_commands(ROOT / "cnn_cifar" / "README.md")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
@@ -129,7 +138,7 @@ def test_help_shows_every_flag_with_a_word(path):
 
 @pytest.mark.parametrize("readme", READMES, ids=relative)
 def test_every_command_in_a_readme_parses(readme):
-    for command in commands(readme):
+    for command in commands(readme) + inline_commands(readme):
         words = shlex.split(command, comments=True)[1:]
         if words[0] == "-m":
             if words[1].startswith("shared_utils."):
