@@ -57,7 +57,8 @@ def trained(
     """A classifier of the part's images in evaluation mode; AdamW, its rate along one cycle, in bfloat16."""
     torch.manual_seed(seed)
     model = Classifier(part.x.shape[1], n_classes).to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=True)
+    peak = 5e-3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01, fused=True)
     rng, step = np.random.default_rng(seed), 0
     x, y = torch.from_numpy(part.x).to(device), torch.from_numpy(part.y).to(device)
     updates = epochs * -(-len(x) // batch_size)
@@ -65,7 +66,7 @@ def trained(
         for batch in minibatches(len(x), batch_size, rng):
             at = torch.from_numpy(batch).to(device)
             for group in optimizer.param_groups:
-                group["lr"] = one_cycle(step, updates, 5e-3)
+                group["lr"] = one_cycle(step, updates, peak)
             with autocast(device):
                 logits = model(scaled(x[at]).contiguous(memory_format=torch.channels_last))
             optimizer.zero_grad()

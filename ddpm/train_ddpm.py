@@ -13,7 +13,8 @@ steps in the convolutions between the first and the last, at `--muon-lr`, and le
 
 With `--conditional` the network is also told the digit, but for a part of the images: so it learns the distribution
 with and without, which sampling.py's --guidance plays off against each other. After each epoch the mean weights' loss
-is measured on images held out, at steps spread over all T, each image with a noise of its own that stays the same.
+is measured on images held out, at steps spread over all T, each image with a noise of its own that stays the same;
+none is told its digit.
 Where it is hard depends on what is asked: ε is hardest to tell where there is little of it, v also where hardly
 anything else is left.
 
@@ -42,7 +43,7 @@ from shared_utils.device import autocast
 from shared_utils.distributed import World, main_first, process_group, shard, total, wrap
 from shared_utils.modes import evaluating
 from shared_utils.muon import Muon
-from shared_utils.plotting import image_grid, new_figure, save_figure
+from shared_utils.plotting import image_grid, new_figure, running_mean, save_figure
 from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.schedules import one_cycle
 from shared_utils.seeding import derived_seed, seed_everything
@@ -279,19 +280,19 @@ def draw_losses(losses: np.ndarray, levels: np.ndarray, rows: list[dict], args: 
     """The loss against updates, smoothed, with the validation's; and the validation's by step, epoch for epoch."""
     figure, axes = new_figure(1, 2, width=10.6, height=4.5)
     left, right = axes[0]
-    window = max(1, len(losses) // 100)
-    smooth = np.convolve(losses, np.ones(window) / window, mode="valid")
-    left.plot(np.arange(1, len(losses) + 1), losses, color="#BBBBBB", linewidth=0.5, label="each update's batch")
-    left.plot(np.arange(window, len(losses) + 1), smooth, label=f"mean of {window} updates")
+    held_out = "held out" + (", not told the digit" if args.conditional else "")
+    step = np.arange(1, len(losses) + 1)
+    left.plot(step, losses, color="#BBBBBB", linewidth=0.5, label="each update's batch")
+    left.plot(step, running_mean(losses), label="mean over ±10 % of the updates")
     per_epoch = len(losses) // args.epochs
     epochs = np.arange(1, args.epochs + 1)
-    left.plot(epochs * per_epoch, [row["val_loss"] for row in rows], "k--", label="held out, mean weights")
+    left.plot(epochs * per_epoch, [row["val_loss"] for row in rows], "k--", label=f"{held_out}, mean weights")
     left.set(xscale="log", yscale="log", xlabel="updates", ylabel=f"mean squared error of {args.prediction}")
     left.legend()
     middle = (np.arange(LEVELS) + 0.5) * args.timesteps / LEVELS
     for epoch in sorted({1, max(1, math.isqrt(args.epochs)), args.epochs}):
         right.plot(middle, levels[epoch - 1], "-o", label=f"epoch {epoch}")
-    right.set(yscale="log", xlabel="step t (noise grows to the right)", ylabel="the same, held-out images")
+    right.set(yscale="log", xlabel="step t (noise grows to the right)", ylabel=f"the same, {held_out}")
     right.legend()
     hardest = int(middle[levels[-1].argmax()])
     figure.suptitle(

@@ -9,7 +9,7 @@
 
 To rearrange 2×2 pixels as channels first makes the largest pictures a quarter as large, and the same weights cost a
 quarter. On the way up a block also sees what the block of the same size gave on the way down. The last convolution of
-each block and of the network begins at 0: the network begins as no change at all.
+each block and of the network begins at 0: the blocks begin as no change at all, and the network answers 0.
 
 Sources: Ronneberger et al. 2015; Ho, Jain and Abbeel 2020; Shi et al. 2016 (pixel shuffle); Hoogeboom et al. 2023 (as
 the first layer of a diffusion); Ho and Salimans 2022 (the class that is none).

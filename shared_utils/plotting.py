@@ -75,15 +75,24 @@ def mean_std(
 ) -> None:
     """Draw the mean of `values` (runs, len(x)) against x, with a band of one sample standard deviation.
 
-    index: which colour and dash. A run that is NaN at an x is left out there; one run alone has no band.
+    The band ends at the lowest run: on a logarithmic axis mean − deviation may lie below 0. index: which colour and
+    dash. A run that is NaN at an x is left out there; one run alone has no band.
     """
     values = np.ma.masked_invalid(np.asarray(values, dtype=np.float64))
     mean, n = values.mean(axis=0), values.count(axis=0)
     squares = ((values - mean) ** 2).sum(axis=0)
     std = np.sqrt(squares / np.maximum(n - 1, 1)).filled(0)
-    mean, style = mean.filled(np.nan), line_style(index)
+    mean, lowest, style = mean.filled(np.nan), values.min(axis=0).filled(np.nan), line_style(index)
     ax.plot(x, mean, label=label, marker=marker, markersize=4, **style)
-    ax.fill_between(x, mean - std, mean + std, color=style["color"], alpha=0.2, linewidth=0)
+    ax.fill_between(x, np.maximum(mean - std, lowest), mean + std, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Of the values of each update, (U, …), the mean over the updates up to 10 % before and after it."""
+    step = np.arange(1, len(values) + 1)
+    first, end = np.ceil(step / 1.1).astype(int) - 1, np.minimum((step * 1.1).astype(int), len(values))
+    sums = np.concatenate([np.zeros_like(values[:1], dtype=np.float64), values.cumsum(0, dtype=np.float64)])
+    return (sums[end] - sums[first]) / (end - first).reshape(-1, *(1,) * (values.ndim - 1))
 
 
 def image_grid(

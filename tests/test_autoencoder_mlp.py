@@ -164,29 +164,33 @@ def test_variants_share_their_draws_and_a_swap_changes_the_first_layer_alone():
 
 
 def test_the_rate_is_chosen_on_validation(monkeypatch):
-    last = {0.1: 5.0, 0.2: 2.0, 0.3: 3.0}
+    last, soon = {0.1: 5.0, 0.2: 2.0, 0.3: 3.0}, {0.1: 6.0, 0.2: 7.0, 0.3: 8.0}
 
     def train(found, use_batchnorm, init, seed, lr, args):
         if lr == 0.4:
             raise train_mlp.Diverged("diverged")
-        return f"network at {lr}", {"val_score": np.array([0.0, last[lr] + seed])}
+        scores = np.array([0.0, soon[lr] + seed, last[lr] + seed])
+        return f"network at {lr}", {"val_score": scores, "val_loss": 10 * scores}
 
     monkeypatch.setattr(train_mlp, "train", train)
     args = arguments("--lr", "0.1", "0.4", "0.2", "0.3")
-    for draw, best in ((noisy_chirp, 0.2), (spirals, 0.1)):  # a small error, a large accuracy
-        networks, curves, scores = train_mlp.fit_variant(problem(draw), "BatchNorm, He", [0, 1], args)
-        assert curves["lr"] == best
+    for draw, best, early in ((noisy_chirp, 0.2, 0.1), (spirals, 0.1, 0.3)):  # a small error, a large accuracy
+        networks, curves, scores = train_mlp.fit_variant(problem(draw), "BatchNorm, He", [0, 1], 1, args)
+        assert (curves["lr"], curves["early_lr"]) == (best, early)
+        assert curves["val_score"][:, -1].tolist() == [last[best], last[best] + 1]
+        assert curves["early_val_score"].tolist() == [soon[early], soon[early] + 1]
+        assert curves["early_val_loss"].tolist() == [10 * soon[early], 10 * soon[early] + 10]
         assert networks == [f"network at {best}"] * 2
         assert scores == {"0.1": 5.5, "0.4": None, "0.2": 2.5, "0.3": 3.5}
     with pytest.raises(train_mlp.UserError, match=r"no rate of --lr works: diverged"):
-        train_mlp.fit_variant(problem(spirals), "BatchNorm, He", [0], arguments("--lr", "0.4"))
+        train_mlp.fit_variant(problem(spirals), "BatchNorm, He", [0], 1, arguments("--lr", "0.4"))
 
 
 def test_a_mistake_or_a_bug_is_not_taken_for_a_rate_that_diverges(monkeypatch):
     args = arguments("--lr", "0.1", "0.2")
     args.batch_size = 1
     with pytest.raises(train_mlp.UserError, match=r"^BatchNorm cannot be trained on a batch of one image"):
-        train_mlp.fit_variant(problem(spirals), "BatchNorm, He", [0], args)
+        train_mlp.fit_variant(problem(spirals), "BatchNorm, He", [0], 1, args)
 
     def columns_missing(layer, x, training=False):
         return forward(layer, x[:, 1:], training)
@@ -194,7 +198,7 @@ def test_a_mistake_or_a_bug_is_not_taken_for_a_rate_that_diverges(monkeypatch):
     forward = Linear.forward
     monkeypatch.setattr(Linear, "forward", columns_missing)
     with pytest.raises(ValueError, match="takes an input of shape") as error:
-        train_mlp.fit_variant(problem(spirals), "BatchNorm, He", [0], args)
+        train_mlp.fit_variant(problem(spirals), "BatchNorm, He", [0], 1, args)
     assert error.type is ValueError
 
 

@@ -164,8 +164,18 @@ def test_mean_std_draws_the_sample_deviation_of_the_runs_there_are():
     plotting.mean_std(axes[0, 0], [1, 2], np.array([[1.0, 5.0], [3.0, np.nan]]), label="a")
     assert axes[0, 0].lines[0].get_ydata().tolist() == [2, 5]
     band = axes[0, 0].collections[0].get_paths()[0].vertices[:, 1]
-    assert band.min() == pytest.approx(2 - math.sqrt(2))
+    assert band.min() == 1  # the lowest run: 2 − √2 is below it
     assert band.max() == 5
+    plotting.mean_std(axes[0, 0], [1], np.array([[1.0], [2], [3], [4]]), label="b")
+    band = axes[0, 0].collections[1].get_paths()[0].vertices[:, 1]
+    assert [band.min(), band.max()] == pytest.approx([2.5 - math.sqrt(5 / 3), 2.5 + math.sqrt(5 / 3)])
+
+
+def test_a_running_mean_is_that_of_a_loop():
+    values = np.random.default_rng(0).random((57, 2))
+    near = [[row for n, row in enumerate(values, 1) if at / 1.1 <= n <= at * 1.1] for at in range(1, 58)]
+    assert plotting.running_mean(values) == pytest.approx(np.array([np.mean(rows, axis=0) for rows in near]))
+    assert plotting.running_mean(values[:, 0]) == pytest.approx(plotting.running_mean(values)[:, 0])
 
 
 def test_image_grid_is_read_row_by_row():

@@ -105,15 +105,14 @@ def main(argv=None) -> dict:
 
 
 def draw(table: list[dict]):
-    """A bar of seconds for each case, on a log axis, with the share of the machine's speed that it reaches."""
+    """The seconds of each case, and those that its products alone would take at the machine's speed, on a log axis."""
     rows = table[1:]
     figure, axes = new_figure(width=9.6, height=0.55 * len(rows) + 1.7)
     ax, seconds = axes[0, 0], np.array([row["seconds"] for row in rows])
     least = seconds * [row["share_of_one_large_product"] for row in rows]
-    ax.barh(range(len(rows)), seconds, color=COLORS[0], label="measured")
-    ax.barh(
-        range(len(rows)), least, color=COLORS[1], height=0.4, label="its products at the speed of one large product"
-    )
+    ax.hlines(range(len(rows)), least, seconds, color="#BBBBBB")
+    ax.plot(least, range(len(rows)), "D", color=COLORS[1], label="its products at the speed of one large product")
+    ax.plot(seconds, range(len(rows)), "o", color=COLORS[0], label="measured")
     for at, row in enumerate(rows):
         ax.text(row["seconds"] * 1.1, at, f"{row['seconds']:.2g} s", va="center", fontsize=9)
     ax.set_yticks(range(len(rows)), [row["what"] for row in rows])

@@ -174,7 +174,7 @@ def draw_posteriors(model: VAE, x: Tensor, best: tuple[Tensor, Tensor], title: s
         ax.contourf(z1, z2, posterior, levels=10, cmap="Greys")
         for (mu, log_var), color, dash, label in (
             (q, COLORS[1], "--", "the encoder's"),
-            (best, COLORS[0], "-", "the best Gaussian"),
+            (best, COLORS[0], "-", "the best with independent latents"),
         ):
             angle = np.linspace(0, 2 * np.pi, 100)
             (m1, m2), (s1, s2) = mu[at].tolist(), (0.5 * log_var[at]).exp().tolist()

@@ -31,7 +31,7 @@ from shared_utils import checkpoint
 from shared_utils.cli import make_parser, non_negative_float, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import cpu_threads, pick_device
-from shared_utils.plotting import curves, new_figure, save_figure
+from shared_utils.plotting import curves, new_figure, running_mean, save_figure
 from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.schedules import one_cycle
 from shared_utils.seeding import seed_everything
@@ -169,9 +169,7 @@ def draw_terms(terms: np.ndarray, about: str):
     """Reconstruction and KL of every update's batch, (updates, 2), each with its mean over neighbouring updates."""
     figure, axes = new_figure(1, 2, width=10.5, height=4.4)
     step = np.arange(1, len(terms) + 1)
-    first, end = (step / 1.1).astype(int), np.minimum((step * 1.1).astype(int) + 1, len(terms))
-    sums = np.concatenate([np.zeros((1, 2)), terms.cumsum(0)])
-    means = (sums[end] - sums[first]) / (end - first)[:, None]  # (updates, 2)
+    means = running_mean(terms)
     names = ("reconstruction E log p(x|z)", "KL(q(z|x) ‖ p(z))")
     for ax, name, values, mean in zip(axes[0], names, terms.T, means.T, strict=True):
         ax.plot(step, values, color="#BBBBBB", linewidth=0.6, label="each update's batch")
