@@ -29,6 +29,7 @@ from shared_utils.stats import mean_std as mean_and_std
 
 SIZES = sorted({round(float(n)) for n in np.logspace(1, 3, 20)})  # 10 … 1,000
 TABLE = [8, 32, 128, 256]
+ROUGHLY = 0.5  # largest error below which a network follows the target; that of 0 is 1
 FAR = 1.6  # |y| beyond which a figure is cut: the target stays within 1
 
 
@@ -121,7 +122,7 @@ def verdict(row: dict) -> str:
         return "does not meet its points" + guess + lost
     if row["median_delta_in"] > KNOWS:
         return "meets its points, misses the function between them" + lost
-    beyond = "misses it beyond" if row["median_delta_out"] > 1 else "and roughly beyond"
+    beyond = "misses it beyond" if row["median_delta_out"] > ROUGHLY else "and roughly beyond"
     return f"knows the function on [0, 1], {beyond}" + lost
 
 

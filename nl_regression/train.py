@@ -5,8 +5,9 @@
     python nl_regression/train.py --n 256 --recipe reference --epochs 2000
 
 `--trials` networks of one size n, each with its own points and weights, are trained at once (recipes.py says how,
-sweep.py does it for all sizes). After every epoch their mean squared error on their points and the largest error on
-[0, 1], δ_in, are noted: whether the first falls and whether the second follows are two questions.
+sweep.py does it for all sizes). After every epoch, of a long training after at most a hundred, their mean squared error
+on their points and the largest error on [0, 1], δ_in, are noted: whether the first falls and whether the second follows
+are two questions.
 
 Writes training.png, fits.png, last.pth, history.csv, metrics.json.
 Shapes: M = T trials, n points, G grid points, E epochs.
@@ -44,7 +45,7 @@ def main(argv=None) -> dict:
     run = start_run(args)
     seed_everything(args.seed)
     points = [points_of(args.n, trial, args.seed)[1] for trial in range(args.trials)]
-    every = max(1, recipe.epochs // RECORDS)
+    every = -(-recipe.epochs // RECORDS)
     curves: list[tuple[int, np.ndarray, np.ndarray]] = []  # epoch, train MSE (T,), δ_in (T,)
 
     def note(epoch: int, model: EnsembleMLP) -> None:

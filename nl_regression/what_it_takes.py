@@ -1,4 +1,4 @@
-"""The reference's networks never interpolated: what does it take?
+"""The reference's networks hardly ever interpolate: what does it take?
 
     python nl_regression/what_it_takes.py
     python nl_regression/what_it_takes.py --sizes 256 --trials 5 --epochs 500

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from nl_regression import sweep
+from nl_regression import sweep, train
 from nl_regression.fitting import UPDATES_PER_EPOCH, epoch_batches, fit
 from nl_regression.model import EnsembleMLP
 from nl_regression.recipes import points_of
@@ -199,3 +199,35 @@ def test_resuming_with_other_flags_is_refused_and_the_flag_named(tmp_path, fails
     assert "--lr" in fails(sweep, [*flags, "--lr", "0.5"])
     (tmp_path / "last.npz").write_bytes(b"PK damaged")
     assert "last.npz" in fails(sweep, flags)
+
+
+def test_the_verdict_goes_by_the_largest_error_on_the_points_and_the_median_errors_between():
+    row = {
+        "train_mse": 1e-6,
+        "largest_train_mse": 1e-6,
+        "median_delta_in": 0.05,
+        "median_delta_out": 1.4,
+        "diverged": 0,
+    }
+    zero_beyond = deltas(np.where(GRID <= 1, target(GRID), 0)[None])[1][0]
+    assert zero_beyond <= 1
+    for change, said in (
+        ({}, "knows the function on [0, 1], misses it beyond"),
+        ({"median_delta_out": zero_beyond}, "knows the function on [0, 1], misses it beyond"),
+        ({"median_delta_out": 0.3, "diverged": 2}, "knows the function on [0, 1], and roughly beyond; 2 diverged"),
+        ({"median_delta_in": 0.2}, "meets its points, misses the function between them"),
+        ({"largest_train_mse": 1e-2}, "does not meet its points"),
+        (
+            {"largest_train_mse": 0.6, "train_mse": 0.5},
+            "does not meet its points and is no better on them than their mean would be",
+        ),
+        ({"train_mse": np.nan}, "diverged"),
+    ):
+        assert sweep.verdict({**row, **change}) == said
+
+
+@pytest.mark.parametrize(("epochs", "noted"), [(3, [1, 2, 3]), (150, [*range(2, 151, 2)])])
+def test_a_training_notes_its_errors_at_most_a_hundred_times(epochs, noted, tmp_path):
+    train.main(["--n", "4", "--trials", "1", "--width", "4", "--epochs", str(epochs), "--out", str(tmp_path)])
+    with (tmp_path / "history.csv").open(encoding="utf-8") as file:
+        assert [int(row["epoch"]) for row in csv.DictReader(file)] == noted

@@ -43,7 +43,7 @@ def test_with_eight_heads_pytorchs_layers_are_the_same_network():
 def test_both_networks_drop_as_many_values(monkeypatch):
     """A training pass of each, every way to drop counted."""
     counts, tokens = [], torch.randint(50, (3, 16))
-    plain, own = torch.nn.functional.dropout, benchmark.TransformerLM.forward.__globals__["dropped"]
+    plain = torch.nn.functional.dropout
 
     def counted(x, p=0.5, training=True, inplace=False):
         counts[-1] += x.numel() if training and p else 0
@@ -58,7 +58,6 @@ def test_both_networks_drop_as_many_values(monkeypatch):
         counts.append(0)
         model.train()(tokens)
     assert counts[0] == counts[1] > 0
-    assert own is not None
 
 
 def test_the_two_ways_of_writing_are_timed_to_the_same_tokens():

@@ -51,7 +51,8 @@ def test_preparing_writes_what_is_read(runs_dir, texts):
     assert sum(row["characters"] for row in counted.values()) == pytest.approx(whole, abs=4)  # ends are stripped
     assert metrics["train_tokens"] == counted["train"]["tokens"] == len(corpus.parts["train"].ids)
     used = np.bincount(corpus.parts["train"].ids, minlength=300)
-    assert metrics["seen_less_than_100_times"] == (used < 100).sum()
+    assert metrics["seen"] == len(set(corpus.parts["train"].ids.tolist())) < 300
+    assert metrics["seen_less_than_100_times"] == ((used > 0) & (used < 100)).sum()
 
 
 @pytest.mark.parametrize("kind", ["byte", "char"])

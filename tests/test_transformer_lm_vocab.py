@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shared_utils.embedded import pydocs
 from shared_utils.runs import read_json
 from transformer_lm import vocab_study
+from transformer_lm.baselines import share_known, words_of
 from transformer_lm.batches import sliding_losses
 from transformer_lm.checkpoints import load_model
 from transformer_lm.corpus import load
@@ -78,7 +79,16 @@ def test_bits_per_byte_are_those_of_the_rate_that_is_best_on_validation(studied)
         train_ids, test = corpus.parts["train"].ids, corpus.parts["test"]
         ngram = KneserNey(train_ids, int(size), 5, corpus.tokens.start).losses(test.ids).sum()
         assert row["kneser_ney"] == pytest.approx(ngram / math.log(2) / test.total("bytes"))
-        assert 0 <= row["known_words"] <= 1
+        known = []
+        for seed in (0, 1):
+            model, tokens, _ = load_model(out / f"train_{size:.0f}_{best}_{seed}" / "best.pth", CPU)
+            torch.manual_seed(0)  # --seed
+            texts, length = vocab_study.DRAWN
+            drawn = model.generate(torch.full((texts, 1), tokens.start), length, temperature=0.9)[:, 1:].tolist()
+            words = [words_of(tokens.decode(one)) for one in drawn]
+            whole = [word for each in words for word in each[: len(each) - 1]]  # the last may be cut
+            known.append(share_known(whole, words_of(tokens.decode(train_ids))))
+        assert row["known_words"] == pytest.approx(sum(known) / 2)
     best = min(metrics["sizes"], key=lambda row: row["val_bits_per_byte"])
     assert metrics["best_vocab_size"] == best["vocab_size"]
     last = metrics["sizes"][-1]["test_bits_per_byte"]

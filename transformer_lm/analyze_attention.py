@@ -6,8 +6,8 @@
 
 For each layer and head the weights with which every token of `--text` looks at itself and those before it (a row adds
 up to 1). A head may look at the token before, at the first token (where it has nothing to say), or at an earlier token
-like this one; the table says how much of each. Positions are told apart by sines and cosines, whose products depend on
-the distance alone: P_t · P_s = Σ_i cos((t − s) / 10000^(2i/d)). A token's neighbours are those whose embeddings make
+like this one; metrics.json says how much of each. Positions are told apart by sines and cosines, whose products depend
+on the distance alone: P_t · P_s = Σ_i cos((t − s) / 10000^(2i/d)). A token's neighbours are those whose embeddings make
 the smallest angle with its own.
 
 Writes attention.png, positions.png, neighbours.txt, metrics.json. Model: train.py.

@@ -91,7 +91,7 @@ def main(argv=None) -> dict:
         for title, losses in by_book(ways["transformer"], part).items()
     ]
     drawn = draw_texts(model, corpus, args)
-    words = [words_of(each) for each in drawn]
+    words = [words_of(each)[:-1] for each in drawn]  # the last may be cut
     training_words = words_of(tokens.decode(train.ids))
     copy = max((longest_copy(each, training_words) for each in words), key=len)
     with replacing(run.path("generated.txt")) as beside:

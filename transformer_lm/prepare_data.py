@@ -50,6 +50,7 @@ def main(argv=None) -> dict:
     save(corpus, run.folder)
     train = corpus.parts["train"]
     used = np.sort(np.bincount(train.ids, minlength=corpus.tokens.vocab_size))[::-1]
+    used = used[used > 0]
     rare = int((used < 100).sum())
     figure = draw(used, corpus, rare)
     save_figure(figure, run.path("zipf.png"))
@@ -66,17 +67,22 @@ def main(argv=None) -> dict:
             "parts": rows,
             "train_tokens": len(train.ids),
             "bytes_per_token": train.total("bytes") / len(train.ids),
+            "seen": len(used),
             "seen_less_than_100_times": rare,
         }
     )
 
 
 def draw(used: np.ndarray, corpus: Corpus, rare: int):
-    """How often each token occurs in the training text, the most frequent first, and Zipf's line beside it."""
+    """How often each token that occurs does so in the training text, the most frequent first, and Zipf's line."""
     figure, axes = new_figure(width=7.2, height=4.4)
-    ax, used = axes[0, 0], used[used > 0]
+    ax = axes[0, 0]
     rank = np.arange(1, len(used) + 1)
-    ax.loglog(rank, used, label=f"{corpus.tokens.vocab_size:,} tokens ({corpus.tokens.kind})")
+    ax.loglog(
+        rank,
+        used,
+        label=f"{len(used):,} of {corpus.tokens.vocab_size:,} tokens ({corpus.tokens.kind})",
+    )
     ax.loglog(rank, used[0] / rank, linestyle="--", color=COLORS[1], label="1 / rank")
     for at in np.unique(np.geomspace(1, len(used), 8).astype(int)):
         token = int(np.argsort(-np.bincount(corpus.parts["train"].ids), kind="stable")[at - 1])
@@ -87,7 +93,8 @@ def draw(used: np.ndarray, corpus: Corpus, rare: int):
     share = corpus.parts["train"].total("bytes") / len(ids)
     figure.suptitle(
         f"{corpus.name}: {len(ids):,} tokens of {share:.2f} bytes to train on;\n"
-        f"{rare:,} of {corpus.tokens.vocab_size:,} tokens occur less than 100 times"
+        f"of the {len(used):,} different ones {rare:,} occur less than 100 times, "
+        f"{corpus.tokens.vocab_size - len(used):,} of the vocabulary never"
     )
     return figure
 

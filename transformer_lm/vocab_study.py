@@ -89,7 +89,7 @@ def main(argv=None) -> dict:
                 continue
             folder = run.path(f"train_{size}_{lr:g}_{seed}")
             try:
-                trained = trained_in(folder, updates, lr, seed, run.path(f"data_{size}"), args)
+                trained = trained_in(folder, updates, lr, args.seed + seed, run.path(f"data_{size}"), args)
                 found = measured(folder, corpus, args.seed, args.device)
             except Diverged as error:
                 print(f"{size} tokens, seed {seed}: {error}", flush=True)
