@@ -116,7 +116,7 @@ def draw(table: list[dict]):
     for at, row in enumerate(rows):
         ax.text(row["seconds"] * 1.1, at, f"{row['seconds']:.2g} s", va="center", fontsize=9)
     ax.set_yticks(range(len(rows)), [row["what"] for row in rows])
-    ax.invert_yaxis()
+    ax.set(ylim=(len(rows) - 0.5, -0.5))
     ax.grid(False, axis="y")
     ax.set(xscale="log", xlabel="seconds", xlim=(least.min() / 2, seconds.max() * 8))
     ax.legend(loc="upper center", bbox_to_anchor=(0.4, -0.22), ncols=2)
