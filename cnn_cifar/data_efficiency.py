@@ -23,7 +23,7 @@ import math
 
 import numpy as np
 import torch
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import nn
 
 from cnn_cifar.digit_training import fit, probabilities
@@ -183,6 +183,9 @@ def draw(rows: list[dict], updates: dict[int, int], about: str, conclusion: str)
     axes[0, 0].xaxis.set_minor_locator(NullLocator())
     axes[0, 0].legend()
     axes[0, 1].set(xscale="log", xlabel="training (s); each point is one of the sizes")
+    axes[0, 1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0, 1].xaxis.set_major_formatter("{x:g}")
+    axes[0, 1].xaxis.set_minor_locator(NullLocator())
     figure.suptitle(f"{about}: " + conclusion.replace("; ", ";\n"))
     return figure
 
