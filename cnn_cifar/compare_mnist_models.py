@@ -53,7 +53,7 @@ from shared_utils.runs import Run, replacing, start_run
 from shared_utils.seeding import seed_everything
 from shared_utils.stats import mcnemar, wilson_interval
 
-SIX = ["fcnn", "cnn", "deep_cnn", "vit", "vgg16", "alexnet"]
+SIX = ["fcnn", "cnn", "deep_cnn", "vit", "vgg16", "alexnet"]  # those of the comparison without further flags
 KEPT = ("probabilities", "losses", "accuracies", "seconds", "images_per_second", "parameters", "title")
 
 

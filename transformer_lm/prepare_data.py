@@ -78,11 +78,7 @@ def draw(used: np.ndarray, corpus: Corpus, rare: int):
     figure, axes = new_figure(width=7.2, height=4.4)
     ax = axes[0, 0]
     rank = np.arange(1, len(used) + 1)
-    ax.loglog(
-        rank,
-        used,
-        label=f"{len(used):,} of {corpus.tokens.vocab_size:,} tokens ({corpus.tokens.kind})",
-    )
+    ax.loglog(rank, used, label=f"{len(used):,} of {corpus.tokens.vocab_size:,} tokens ({corpus.tokens.kind})")
     ax.loglog(rank, used[0] / rank, linestyle="--", color=COLORS[1], label="1 / rank")
     for at in np.unique(np.geomspace(1, len(used), 8).astype(int)):
         token = int(np.argsort(-np.bincount(corpus.parts["train"].ids), kind="stable")[at - 1])
