@@ -124,7 +124,8 @@ def main(argv=None) -> dict:
                 call()  # warms up
             found = [[seconds_of(call, device) for call in calls] for _ in range(args.repeats)]
             large = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if amp else torch.float32)
-            peak = 2.0 * 2048**3 / min(seconds_of(lambda large=large: large @ large, device) for _ in range(5))
+            products = [seconds_of(lambda large=large: large @ large, device) for _ in range(args.repeats)]
+            peak = 2.0 * 2048**3 / min(products)
             by_hand, autograd = np.median(found, axis=0)
             row = {"precision": precision, "by_hand_seconds": by_hand, "autograd_seconds": autograd}
             row["ratio_of_seconds"] = float(np.median([a / b for a, b in found]))

@@ -35,9 +35,10 @@ BARE = "none of them"
 
 def build_parser():
     """The command line."""
-    quick = {"epochs": 1, "widths": [8, 8, 8], "batch_size": 500, "val_size": 500, "seeds": [0, 1], "sgd_lrs": [0.1]}
-    parser = make_parser(__doc__, dataset="cifar10", quick=quick)
+    small = {"epochs": 1, "widths": [8, 8, 8], "batch_size": 100, "train_size": 500, "val_size": 500}
+    parser = make_parser(__doc__, dataset="cifar10", quick=small | {"seeds": [0, 1], "sgd_lrs": [0.1]})
     add_data_flags(parser, batch_size=Recipe.batch_size, val_size=5000)
+    parser.add_argument("--train-size", type=positive_int, help="images to train on (default: all)")
     parser.add_argument("--epochs", type=positive_int, default=4, help="passes over the training images")
     widths = {"type": positive_int, "nargs": 3, "default": [32, 64, 128], "metavar": "C"}
     parser.add_argument("--widths", **widths, help="channels of the three blocks")
@@ -53,7 +54,7 @@ def main(argv=None) -> dict:
     """Train every rung from every seed; returns the metrics."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    data = load(args, device)
+    data = load(args, device, args.train_size)
     run = start_run(args)
     without_all = Recipe(args.epochs, args.batch_size, tuple(args.widths), without=tuple(TRAINED))
     rates = {lr: trained(replace(without_all, sgd_lr=lr), BARE, args.seeds[0], data, args, run) for lr in args.sgd_lrs}

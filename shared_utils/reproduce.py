@@ -14,7 +14,8 @@ Each experiment folder declares its runs in `experiment.json`, in the order in w
 `name` is the run's folder; where it differs from the script's own name, `--out` is passed. `{runs}` in an argument is
 the folder of all runs. `quick` may hold other arguments for the quick run. `first_page` puts the run into the first
 README's table. `minutes` is what the full run takes on two cores, `headline` a format string over metrics.json. One
-process serves a folder, so that PyTorch is loaded once; a failure ends that run alone.
+process serves a folder, so that PyTorch is loaded once; a failure ends that run alone. Quick runs are too small for
+several threads: then as many folders are under way as there are cores, each on one.
 
 `--resume` leaves out what is finished: runs whose metrics.json was made by the declared command and that did not fail
 when they were last asked for. A run that was stopped goes on from its checkpoint where its script can.
@@ -31,6 +32,7 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -97,13 +99,18 @@ def experiments() -> list[str]:
     return sorted(path.parent.name for path in ROOT.glob("*/experiment.json"))
 
 
-def in_order(names: list[str]) -> list[str]:
-    """These experiments and those whose outputs they read, each after what it reads."""
+def what_they_read(names: list[str]) -> dict[str, list[str]]:
+    """These experiments and those whose outputs they read, each with the names of those that it reads."""
     reads, wanted = {}, list(names)
     for name in wanted:  # which grows while it is read
         reads[name] = read_json(ROOT / name / "experiment.json").get("after", [])
         wanted += [other for other in reads[name] if other not in wanted]
-    return list(TopologicalSorter(reads).static_order())
+    return reads
+
+
+def in_order(names: list[str]) -> list[str]:
+    """These experiments and those whose outputs they read, each after what it reads."""
+    return list(TopologicalSorter(what_they_read(names)).static_order())
 
 
 def wrote(run: Declared, runs_dir: Path, quick: bool, filename: str) -> bool:
@@ -156,13 +163,50 @@ def perform_all(experiment: str, runs_dir: Path, quick: bool, resume: bool = Fal
     file = runs_dir / experiment / "outcomes.json"
     outcomes = read_json(file) if file.exists() else {}
     for run in declared_runs(experiment):
-        print(f"  {run.name:<28}", end="", flush=True)
+        name = f"{experiment}/{run.name}".ljust(44)
         if run.name in outcomes:
-            print("  finished before", flush=True)
+            print(f"{name}finished before", flush=True)
             continue
+        if not quick:
+            print(f"{name}about {run.minutes:g} minutes", flush=True)
         outcomes[run.name] = outcome = perform(run, runs_dir, quick, resume)
         write_json(file, outcomes)
-        print(f"{outcome['seconds']:7.1f} s  {outcome['error'] or 'ok'}", flush=True)
+        print(f"{name}{outcome['seconds']:7.1f} s  {outcome['error'] or 'ok'}", flush=True)
+
+
+def begin(experiment: str, args: argparse.Namespace, runs_dir: Path) -> subprocess.Popen:
+    """Start the process that makes the runs of one folder."""
+    command = [sys.executable, "-m", "shared_utils.reproduce", "--inside", "--only", experiment]
+    command += ["--runs-dir", str(runs_dir), *(["--quick"] if args.quick else [])]
+    command += ["--resume"] if args.resume else []
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    threads = {"OMP_NUM_THREADS": "1"} if args.quick else {}
+    return subprocess.Popen(command, env={**threads, **os.environ, "PYTHONPATH": path})
+
+
+def begin_and_wait(experiments: list[str], at_once: int, start: Callable[[str], subprocess.Popen]) -> dict[str, int]:
+    """Start a process for each experiment, after those of all that it reads; returns their exit statuses.
+
+    start: begins an experiment's process. At most `at_once` of them are under way.
+    """
+    order, ready, under_way, ended = TopologicalSorter(what_they_read(experiments)), [], {}, {}
+    order.prepare()
+    try:
+        while order.is_active():
+            ready += order.get_ready()
+            while ready and len(under_way) < at_once:
+                name = ready.pop(0)
+                under_way[name] = start(name)
+            time.sleep(0.1)
+            for name in [name for name, process in under_way.items() if process.poll() is not None]:
+                ended[name] = under_way.pop(name).returncode
+                order.done(name)
+    finally:
+        for process in under_way.values():  # after Ctrl-C, of which they hear too
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+            process.kill()
+    return ended
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -195,22 +239,19 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
     left = [run for name in chosen for run in declared_runs(name) if run.name not in done[name]]
     if not args.quick:
         print(f"runs to make: {len(left)}, about {sum(run.minutes for run in left) / 60:.1f} hours on two cores")
-    failed = {}
-    for experiment in chosen:
-        print(experiment, flush=True)
-        outcomes_file = runs_dir / experiment / "outcomes.json"
-        if done[experiment]:
-            write_json(outcomes_file, done[experiment])
+    files = {name: runs_dir / name / "outcomes.json" for name in chosen}
+    for name, file in files.items():
+        if done[name]:
+            write_json(file, done[name])
         else:
-            outcomes_file.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "shared_utils.reproduce", "--inside", "--only", experiment]
-        command += ["--runs-dir", str(runs_dir), *(["--quick"] if args.quick else [])]
-        command += ["--resume"] if args.resume else []
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        ended = subprocess.run(command, env={**os.environ, "PYTHONPATH": path})
-        outcomes = read_json(outcomes_file) if outcomes_file.exists() else {}
+            file.unlink(missing_ok=True)
+    at_once = (os.cpu_count() or 1) if args.quick else 1
+    ended = begin_and_wait(chosen, at_once, lambda name: begin(name, args, runs_dir))
+    failed = {}
+    for experiment, file in files.items():
+        outcomes = read_json(file) if file.exists() else {}
         for run in declared_runs(experiment):
-            outcome = outcomes.get(run.name, {"error": f"not run: the process ended with {ended.returncode}"})
+            outcome = outcomes.get(run.name, {"error": f"not run: the process ended with {ended[experiment]}"})
             if outcome["error"]:
                 failed[f"{experiment}/{run.name}"] = outcome
     write_report(Path(args.report), runs_dir, chosen)

@@ -278,7 +278,7 @@ def test_without_pictures_the_first_test_images_are_judged(script, runs_dir, pic
 
 
 def test_the_benchmark_measures_both_pipelines(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "product_speed", lambda device, dtype: 1e12)  # seconds on a small CPU
+    monkeypatch.setattr(benchmark, "product_speed", lambda device, dtype, repeats: 1e12)  # seconds on a small CPU
     clock = iter(range(100))
     ticks = {"perf_counter": staticmethod(lambda: float(next(clock)))}  # each measurement takes 1 s
     monkeypatch.setattr(benchmark, "time", type("Clock", (), ticks))

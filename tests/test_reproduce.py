@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,51 @@ def test_what_an_experiment_reads_is_made_before_it(house):
     assert reproduce.in_order(["c"]) == ["b", "toy", "a", "c"]
     assert reproduce.in_order(["toy", "b"]) == ["toy", "b"]
     assert reproduce.in_order(reproduce.experiments()) == ["toy", "b", "a", "c"]
+
+
+class Child:
+    """In place of an experiment's process: it ends at the third look."""
+
+    def __init__(self):
+        self.looks, self.returncode, self.killed = 0, None, False
+
+    def poll(self):
+        self.looks += 1
+        self.returncode = 7 if self.looks == 3 else None
+        return self.returncode
+
+    def wait(self, timeout):
+        raise subprocess.TimeoutExpired("child", timeout)
+
+    def kill(self):
+        self.killed = True
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 9])
+def test_so_many_folders_are_under_way_and_none_before_what_it_reads_has_ended(house, at_once):
+    reads = {"a": ["toy"], "b": [], "c": ["a", "b"], "toy": []}
+    for name in "abc":
+        (house / name).mkdir()
+        (house / name / "experiment.json").write_text(json.dumps({"after": reads[name]}))
+    children, most = {}, 0
+
+    def start(name):
+        nonlocal most
+        assert all(children[other].returncode == 7 for other in reads[name])
+        children[name] = Child()
+        most = max(most, sum(child.returncode is None for child in children.values()))
+        return children[name]
+
+    assert reproduce.begin_and_wait(["c"], at_once, start) == dict.fromkeys(reads, 7)
+    assert most == min(at_once, 2)
+
+
+def test_ctrl_c_leaves_no_process_behind(house):
+    child = Child()
+    child.poll = lambda: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce.begin_and_wait(["toy"], 1, lambda name: child)
+    assert child.killed
 
 
 def test_runs_in_an_argument_is_the_folder_of_all_runs(tmp_path):
@@ -222,9 +268,11 @@ def test_what_is_finished_is_left_out_and_what_was_stopped_goes_on(house, tmp_pa
     monkeypatch.syspath_prepend(house)
 
     def here(command, env):  # in place of a process
-        return subprocess.CompletedProcess(command, reproduce.main(command[3:]) and 1)
+        status = 1 if reproduce.main(command[3:]) else 0
+        return SimpleNamespace(returncode=status, poll=lambda: status)
 
-    monkeypatch.setattr(reproduce, "subprocess", SimpleNamespace(run=here))
+    processes = SimpleNamespace(Popen=here, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(reproduce, "subprocess", processes)
     monkeypatch.setattr(runs, "commit", lambda: "abc")
     folder = tmp_path / "runs"
     flags = ["--runs-dir", str(folder), "--report", str(tmp_path / "report.html")]
