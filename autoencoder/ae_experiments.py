@@ -11,10 +11,10 @@ and the best of these on the validation images is kept. What is minimised, over 
 
     MSE = 1/(N D) Σ (x̂ − x)²,    RMSE = √MSE,    PSNR = −10 log₁₀ MSE decibels (pixels in [0, 1])
 
-`val_recon` and `test_recon` are the MSE of the validation and of the test images. With noise x̂ is made from the spoilt
-image and compared with the clean x. Weight decay λ shrinks the weights by lr · λ of themselves at each update.
+`val_recon` and `test_recon` are the MSE of the validation and of the test images. With noise x̂ is made from the noisy
+image and compared with the clean x. AdamW's weight decay λ shrinks each weight by a fraction lr · λ at each update.
 Training stops early when `--patience` epochs bring no better validation error, and keeps the best epoch's weights. The
-test images are read once, at the end. PCA with the same K stands beside it (pca.py).
+test images are read once, at the end. PCA with the same K is the baseline (pca.py).
 
 Writes best.pth, grid.csv, grid.png, ae_fashion_loss.png, ae_fashion_recon_grid.png, history.csv, metrics.json.
 With --resume a grid that was stopped goes on with the first combination that is not in history.csv.
@@ -85,10 +85,10 @@ def build_parser():
     quick = {"val_size": 200, "enc_dims": ["64,32"], "lr": [4e-3], "epochs": 10, "final_epochs": 30, "jobs": 1}
     parser = make_parser(__doc__, dataset="fashion", quick=quick)
     add_data_flags(parser)
-    parser.add_argument("--variant", choices=VARIANTS, default="baseline", help="which grid, and which folder")
+    parser.add_argument("--variant", choices=VARIANTS, default="baseline", help="which grid; names the folder too")
     several = {"nargs": "+", "metavar": "VALUE"}
     parser.add_argument("--enc-dims", type=sizes, **several, help="the encoder's layers, the code last: 512,256,32")
-    parser.add_argument("--latent", type=positive_int, help="K, instead of the last of each --enc-dims")
+    parser.add_argument("--latent", type=positive_int, help="K, in place of the last number of each --enc-dims")
     parser.add_argument("--activation", choices=ACTIVATIONS, nargs="+", help="of the hidden layers")
     parser.add_argument("--init", choices=INITS, nargs="+", help="of the weights")
     parser.add_argument("--batchnorm", choices=("off", "on"), nargs="+", help="in the hidden layers")
@@ -102,7 +102,7 @@ def build_parser():
     add_seeds(parser, [0, 1], "of the best combination")
     parser.add_argument("--batch-size", type=positive_int, default=256, help="images per update")
     parser.add_argument(
-        "--patience", type=positive_int, default=10, help="epochs without better validation error; then stop"
+        "--patience", type=positive_int, default=10, help="stop after so many epochs without improvement"
     )
     amp = "matrix products in bfloat16, parameters and sums in float32"
     add_amp(parser, amp, default=True)
@@ -119,11 +119,11 @@ def main(argv=None) -> dict:
     device = pick_device(args.device)
     data = load_pixels(args, device)
     grid = combinations(args)
-    for recipe in grid:  # what cannot be built is said before anything is written
+    for recipe in grid:  # what cannot be built is refused before anything is written
         recipe.build(args.seed, data.x_train.shape[1])
     run = start_run(args)
     done = run.history()  # of an earlier process, with --resume
-    run.rewind(len(done))  # what a kill left half written goes
+    run.rewind(len(done))  # what a kill left half written is dropped
     for recipe, row in zip(grid, done, strict=False):
         if any(str(value) != row[name] for name, value in factors(recipe).items()):
             raise UserError("--resume: history.csv is of another grid; start anew without --resume")
@@ -311,7 +311,7 @@ def fine_share(x: torch.Tensor) -> float:
 def effects(rows: list[dict]) -> dict[str, dict]:
     """Factor → level → geometric mean of val_recon over the combinations that all its levels have in common.
 
-    Only factors with several levels; a combination that diverged at one level is left out at all. Rows: as `as_row`.
+    Only factors with several levels; one that diverged at any level is left out at every level. Rows: as `as_row`.
     """
     found = {}
     for factor in FACTORS:
@@ -323,7 +323,7 @@ def effects(rows: list[dict]) -> dict[str, dict]:
 
 
 def spreads(found: dict[str, dict]) -> dict[str, float]:
-    """How far each factor's worst level lies above its best, as a part of the best; found: of `effects`."""
+    """How far each factor's worst level lies above its best, as a fraction of the best; found: of `effects`."""
     return {factor: max(means.values()) / min(means.values()) - 1 for factor, means in found.items()}
 
 

@@ -8,9 +8,9 @@ Every test image's code z, its reconstruction ŷ and its error; and the encoder'
 layer responds to x·w γ/√(σ² + ε) where BatchNorm follows, so w is shown with that scale; the units of the second layer
 are traced back to the pixels by the product W0 W1 of the scaled matrices, which leaves out the activation between them.
 
-A code is worth something when near codes mean like images: the 5 nearest among the codes of all training images tell a
-test image's class, beside the 5 nearest in pixels and in PCA's code of the same size (labels are used for this alone).
-Near is by Euclidean distance, and for comparison by the angle between codes less the mean code.
+A code is useful when nearby codes mean similar images: the 5 nearest among the codes of all training images vote for a
+test image's class, compared with the 5 nearest in pixels and in PCA's code of the same size (the only use of labels).
+Nearest is by Euclidean distance, and for comparison by the angle between codes after the mean code is subtracted.
 
 Writes ae_fashion_test_processed.npz, ae_fashion_filters_l1.png, ae_fashion_filters_l2_backproj.png,
 ae_fashion_recon_grid.png, ae_fashion_best_worst.png, metrics.json. In the .npz are Z (N, K), Yhat (N, 784) in [0, 1],
@@ -38,7 +38,7 @@ from shared_utils.plotting import image_grid, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.stats import wilson_interval
 
-FILTERS, ACROSS = 56, 14  # shown, in a row, those with the largest weights
+FILTERS, ACROSS = 56, 14  # how many are shown (those with the largest weights), and in a row
 
 
 def build_parser():
@@ -46,7 +46,7 @@ def build_parser():
     parser = make_parser(__doc__, dataset="fashion", quick={"val_size": 200})
     add_data_flags(parser)
     parser.add_argument(
-        "--variant", choices=VARIANTS, default="baseline", help="whose checkpoint; names the folder too"
+        "--variant", choices=VARIANTS, default="baseline", help="whose checkpoint to read; names the folder too"
     )
     parser.add_argument("--ckpt", metavar="FILE", help="another checkpoint of ae_experiments.py")
     return parser
@@ -100,7 +100,7 @@ def main(argv=None) -> dict:
             "by_class": by_class,
             "pixels_of_half_a_filter": localised,
             "pixels_of_half_a_traced_filter": traced_localised,
-            # The participation ratio: so many uncorrelated numbers of equal variance would be spread out as much.
+            # The participation ratio: this many uncorrelated numbers of equal variance would have the same.
             "effective_dimensions": (covariance.trace() ** 2 / covariance.square().sum()).item(),
             "neighbours": neighbour_rows(data, model),
         }

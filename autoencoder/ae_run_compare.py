@@ -6,7 +6,7 @@ The baseline and the regularised autoencoder that `ae_experiments.py` chose, on 
 by image, their reconstructions, how well the codes keep neighbourhoods and classes, and how large their weights are.
 The ± is over test images: it says how sure the difference of these two networks is. It does not cover another training
 of either, which moves the error as well (`test_recon_of_seeds` of ae_experiments.py says how far), and where their
-recipes differ in more than weight decay, as the figures and the table say, so may the cause.
+recipes differ in more than weight decay (figures and table name them), weight decay need not be the cause.
 
 Writes ae_fashion_test_processed_base.npz, ae_fashion_test_processed_reg.npz, ae_compare_umap.png, ae_compare_mse.png,
 ae_compare_recon.png, compare.csv, metrics.json.
@@ -39,7 +39,7 @@ def build_parser():
     add_data_flags(parser)
     parser.add_argument("--ckpt-base", help="the baseline (default: the one that ae_experiments.py writes)")
     parser.add_argument("--ckpt-reg", help="the regularised one (default: that of --variant regularised)")
-    parser.add_argument("--n", type=positive_int, default=5000, help="test images on the maps")
+    parser.add_argument("--n", type=positive_int, default=5000, help="test images for the maps and for trustworthiness")
     return parser
 
 

@@ -3,17 +3,17 @@
     python autoencoder/ae_umap.py
     python autoencoder/ae_umap.py --npz codes.npz --n 3000 --neighbors 50
 
-UMAP draws the test images' codes, their raw pixels and their PCA codes of the same size in two dimensions, and a plain
-PCA stands beside them. What such a picture shows is measured, in the maps and in the full spaces:
+UMAP draws the test images' codes, their raw pixels and their PCA codes of the same size in two dimensions, beside a
+plain PCA. What such a picture shows is measured, in the maps and in the full spaces:
 
     trustworthiness    are neighbours here neighbours in pixel space too? 1: all of them, 0.5: no better than chance
     continuity         are neighbours in pixel space still neighbours here?
-    5-NN accuracy      part of the images whose five nearest others vote for their class
+    5-NN accuracy      share of the images whose five nearest others vote for their class
     silhouette         (b − a) / max(a, b), mean distance a to the own class, b to the nearest other class
 
 Each has its pitfall. The first two take the pixels for the truth, so a code that ignores a shift of two pixels loses.
-5-NN accuracy is blind to how far the classes are apart. The silhouette believes in round clusters, and UMAP's layout
-packs any neighbourhood into one: compare it between maps, never between a map and a space. Both know the labels.
+5-NN accuracy is blind to how far the classes are apart. The silhouette assumes round clusters, and UMAP's layout
+packs any neighbourhood into one: compare it between maps, never between a map and a space. These two use the labels.
 
 "Better" means higher with every seed than the other with any seed. Seeds vary the layout alone: the neighbours are
 exact. A spectral start is the same for all seeds, so what they agree on may be its doing; a random start shows how
@@ -68,7 +68,7 @@ def build_parser():
     add_data_flags(parser)
     parser.add_argument("--npz", metavar="FILE", help="codes of the test images (default: ae_process_test.py's)")
     parser.add_argument("--n", type=positive_int, help="test images used, stratified (default: all)")
-    parser.add_argument("--neighbors", type=at_least(2), default=15, help="UMAP's, the image itself among them")
+    parser.add_argument("--neighbors", type=at_least(2), default=15, help="UMAP's, the image itself included")
     parser.add_argument("--min-dist", type=fraction, default=0.1, help="UMAP's least distance between points of a map")
     add_seeds(parser, [0, 1, 2], "of UMAP, at least two", least=2)
     return parser

@@ -6,7 +6,7 @@ The autoencoder that `Recipe` describes, and the same network of `nn.Linear` lay
 AdamW, from the same weights. One epoch of each in turn, several times; in float32 and with the products in bfloat16.
 The gradients of one batch are compared in float64. This is the one script of the folder that uses autograd.
 
-Writes speed.png, metrics.json.
+Writes speed.png, history.csv, metrics.json.
 Shapes: N images, B batch, 784 pixels.
 """
 
@@ -33,8 +33,8 @@ PIXELS = 784
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None, quick={"repeats": 2, "images": 1024})
-    parser.add_argument("--images", type=positive_int, default=55_000, help="random ones, of an epoch")
-    parser.add_argument("--repeats", type=positive_int, default=5, help="epochs that each is measured for")
+    parser.add_argument("--images", type=positive_int, default=55_000, help="random images in an epoch")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="timed epochs of each")
     parser.add_argument("--threads", type=positive_int, default=1, help="CPU threads of the products")
     return parser
 
@@ -112,7 +112,7 @@ def main(argv=None) -> dict:
     batch = min(recipe.batch_size, args.images)
     x = torch.rand(args.images // batch * batch, PIXELS, device=device)
     weights = sum(value.numel() for value in recipe.build(args.seed, PIXELS).parameters().values() if value.ndim == 2)
-    # Forward, the weights' gradient and the input's: three products a layer, but the images' gradient nobody needs.
+    # Forward, the weights' gradient and the input's: three products a layer, but the images' gradient is not needed.
     operations = 2.0 * len(x) * (3 * weights - PIXELS * recipe.enc_dims[0])
     table = []
     with cpu_threads(args.threads):

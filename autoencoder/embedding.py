@@ -1,4 +1,4 @@
-"""Maps of codes in two dimensions, and how well a map or a code keeps the neighbours and the classes of its images.
+"""Maps of codes in two dimensions, and how well a map or a code preserves its images' neighbours and classes.
 
 All measures are exact. Distances are taken for `chunk` rows at a time, so no N×N matrix is ever in memory. The
 Procrustes disparity of two maps is `scipy.spatial.procrustes(a, b)[2]`: from 0, the same picture once moved, turned,
@@ -24,7 +24,7 @@ from shared_utils.plotting import COLORS
 
 NEIGHBOURS = 5  # that vote
 CHUNK = 500  # rows: 120 MB of float32 distances to 60,000 others
-SPARE = 16  # candidates beyond the k nearest whose distances are taken again
+SPARE = 16  # candidates beyond the k nearest whose distances are recomputed
 MAP_COLORS = (*COLORS[:7], "#999999", "#8C510A", "#9970AB")  # white paper swallows the yellow
 
 
@@ -78,7 +78,7 @@ def _vote(labels: Tensor) -> Tensor:
 
 
 def knn_accuracy(x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tensor, k: int = NEIGHBOURS) -> float:
-    """Part of x_test (M, D) whose label is that of the majority of its k nearest rows of x_train (N, D)."""
+    """Share of x_test (M, D) whose label is the most frequent one of its k nearest rows of x_train (N, D)."""
     positions = nearest(x_test, x_train, k)[1]
     return (_vote(y_train[positions]) == y_test).sum().item() / len(y_test)
 
@@ -90,7 +90,7 @@ def vote_accuracy(code: Callable[[Tensor], Tensor], data: Inputs, k: int = NEIGH
 
 
 def knn_accuracy_leave_one_out(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> float:
-    """Part of x (N, D) whose label in y (N,) is that of the majority of its k nearest other rows."""
+    """Share of x (N, D) whose label in y (N,) is the most frequent one of its k nearest other rows."""
     positions = nearest(x, x, k, exclude_self=True)[1]
     return (_vote(y[positions]) == y).sum().item() / len(y)
 
@@ -188,7 +188,7 @@ def point_size(n: int) -> float:
 
 
 def _apart(at: np.ndarray, names: Sequence[str], height: float = 0.05, letter: float = 0.012) -> np.ndarray:
-    """Places (n, 2) of labels, in parts of the axes, moved up and down until no two of them overlap."""
+    """Places (n, 2) of labels, as fractions of the axes, moved up and down until no two of them overlap."""
     at = at.copy()
     for _ in range(200):
         moved = False

@@ -20,7 +20,7 @@ from shared_utils.device import autocast
 from shared_utils.runs import check_finite
 from shared_utils.schedules import one_cycle
 
-BETAS = (0.9, 0.99)  # of AdamW: the usual 0.999 remembers a thousand updates, of the few thousand there are
+BETAS = (0.9, 0.99)  # of AdamW: the usual 0.999 averages over a thousand updates, of only a few thousand
 OPTIMIZERS = ("adamw", "sgd")
 
 
@@ -28,8 +28,8 @@ OPTIMIZERS = ("adamw", "sgd")
 class Recipe:
     """How an autoencoder is built and trained; by default what won the grid of ae_experiments.py.
 
-    lr: the highest learning rate of the cycle. noise, code_noise: standard deviations in training, of noise on the
-    input (not on what it is compared with) and on the code.
+    lr: the highest learning rate of the cycle. noise, code_noise: standard deviations, in training, of the noise on
+    the input (the target stays clean) and on the code.
     patience: epochs without a better validation error after which training stops. amp: products in bfloat16.
     """
 
@@ -90,7 +90,7 @@ def fit(model: Autoencoder, recipe: Recipe, x_train: Tensor, x_val: Tensor, seed
 
     x_train, x_val: uint8 (N, D) on the model's device. The order of the images comes from `seed`, noise from PyTorch's
     generator.
-    Errors: `Diverged` with step and rate when the loss is not finite.
+    Errors: `Diverged` with step and learning rate when the loss is not finite.
     """
     started = time.perf_counter()
     rng = np.random.default_rng(seed)
@@ -128,7 +128,7 @@ def fit(model: Autoencoder, recipe: Recipe, x_train: Tensor, x_val: Tensor, seed
 
 
 def check_epoch(losses: Tensor, step: int, lr: float) -> None:
-    """`check_finite` for the losses of the updates before `step`, (n,): one look at the device an epoch, not n."""
+    """`check_finite` for the losses of the updates before `step`, (n,): one synchronisation an epoch, not n."""
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         first = int(bad[0])

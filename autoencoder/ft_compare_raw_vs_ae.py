@@ -3,17 +3,17 @@
     python autoencoder/ft_compare_raw_vs_ae.py
     python autoencoder/ft_compare_raw_vs_ae.py --labels 100 1000 --hidden 64 --seeds 0 1 2
 
-The same classifiers, a perceptron and softmax regression (no hidden layer), learn from n labelled images, given as raw
-pixels, as codes of the trained autoencoder and of the denoising one, and as PCA codes of the same size. Autoencoders
-and PCA saw all training images, without a label: with few labels, that is what codes bring along. For each seed the
-labelled images are a stratified draw, and the draw of fewer is part of the draw of more. Inputs are standardised with
-the labelled images alone: pixels by one mean and deviation, codes column by column.
+The same classifiers, a multilayer perceptron (MLP) and softmax regression (no hidden layer), learn from n labelled
+images, given as raw pixels, as codes of the trained autoencoder and of the denoising one, and as PCA codes of the same
+size. Autoencoders and PCA saw all training images, without a label: with few labels, that is the codes' advantage. For
+each seed the labelled images are a stratified draw, and a smaller draw is part of a larger one. Inputs are standardised
+with the labelled images alone: pixels by one mean and deviation, codes column by column.
 
 The recipe (network, dropout, decay, learning rates, updates) is one for all inputs and all n: with few labels nothing
-is chosen, since none are left to choose with. It was set on the validation images, with all labels; the rate of softmax
-regression with 1,000 too, where a lower one leaves the weights of codes short of their optimum: codes look bad then.
+is tuned, since none are left to tune with. It was set on the validation images, with all labels; the learning rate of
+softmax regression with 1,000 too, where a lower one stops short of the optimum on codes, and makes them look bad.
 Codes win at n when the 95 % interval of accuracy(codes) − accuracy(raw), paired by seed (Student's t), lies above 0.
-It covers draws of labels, of weights and of batches; not the autoencoder's own training, which is one.
+It covers draws of labels, of weights and of batches; not the autoencoder's own training: there is only one.
 
 Writes ft_val_acc_fashion_verbose.png, ft_test_acc_fashion_verbose.png, label_efficiency.png, history.csv,
 metrics.json.
@@ -64,13 +64,13 @@ def build_parser():
     parser.add_argument("--ckpt", metavar="FILE", help="autoencoder (default: ae_experiments.py's)")
     parser.add_argument("--ckpt-denoising", metavar="FILE", help="the denoising one (default: its --variant denoising)")
     few = [100, 300, 1000, 3000, 10000]
-    parser.add_argument("--labels", type=positive_int, nargs="+", default=few, help="labelled images, beside all")
+    parser.add_argument("--labels", type=positive_int, nargs="+", default=few, help="labelled images, besides all")
     add_seeds(parser, [0, 1, 2, 3, 4], "draws of labels, weights")
-    parser.add_argument("--hidden", type=positive_int, nargs="+", default=[256, 128], help="the perceptron's layers")
+    parser.add_argument("--hidden", type=positive_int, nargs="+", default=[256, 128], help="the MLP's hidden layers")
     parser.add_argument("--dropout", type=share_below_1, default=0.2, help="after each hidden layer")
     parser.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="AdamW's decay")
-    parser.add_argument("--lr", type=positive_float, default=3e-3, help="highest learning rate of the perceptron")
-    parser.add_argument("--linear-lr", type=positive_float, default=0.02, help="of softmax regression")
+    parser.add_argument("--lr", type=positive_float, default=3e-3, help="highest learning rate of the MLP")
+    parser.add_argument("--linear-lr", type=positive_float, default=0.02, help="that of softmax regression")
     parser.add_argument("--epochs", type=positive_int, default=12, help="passes over the labelled images, at least")
     parser.add_argument("--updates", type=positive_int, default=500, help="updates, at least")
     parser.add_argument("--batch-size", type=positive_int, default=128, help="images per update")
@@ -116,7 +116,7 @@ def fit_classifier(x: Tensor, y: Tensor, classes: int, hidden, args, seed: int, 
     torch.manual_seed(seed)
     options = {"use_batchnorm": bool(hidden), "dropout": args.dropout if hidden else 0.0}
     model = Classifier(x.shape[1], hidden, classes, **options).to(x.device)
-    # Codes have few columns: softmax regression needs large weights for them, which a low rate does not reach in time.
+    # Codes have few columns: softmax regression needs large weights for them, which a low rate reaches too late.
     lr = args.lr if hidden else args.linear_lr
     optimizer, curve = AdamW(model.layers, lr, weight_decay=args.weight_decay), []
     per_epoch = max(1, len(x) // args.batch_size)
@@ -137,7 +137,7 @@ def fit_classifier(x: Tensor, y: Tensor, classes: int, hidden, args, seed: int, 
 def study(args, data: Inputs, features: dict, log) -> tuple[dict, dict, dict]:
     """Train every classifier on every input, number of labels and seed.
 
-    Returns accuracies[classifier][n][input], a list over seeds; and for the perceptron with all labels curves[input],
+    Returns accuracies[classifier][n][input], a list over seeds; and for the MLP with all labels curves[input],
     (seeds, epochs) on validation, and right[input], bool (N,) of the test images, of the first seed.
     """
     total, classes = len(data.y_train), len(data.classes)
@@ -198,7 +198,7 @@ def conclusion(rows: list[dict], kind: str, name: str = "codes") -> str:
 
 
 def draw_validation(curves: dict, args, title: str):
-    """Validation accuracy of the perceptron after each epoch, all labels."""
+    """Validation accuracy of the MLP after each epoch, all labels."""
     last = {name: np.mean([curve[-1] for curve in found]) for name, found in curves.items()}
     figure, axes = new_figure(width=7.6, height=4.8)
     for index, (name, found) in enumerate(curves.items()):
@@ -214,7 +214,7 @@ def draw_validation(curves: dict, args, title: str):
 
 
 def draw_test(tests: dict, title: str):
-    """Test accuracy of the perceptron with all labels, first seed, with Wilson's intervals and McNemar's test."""
+    """Test accuracy of the MLP with all labels, first seed, with Wilson's intervals and McNemar's test."""
     p = tests["codes"]["mcnemar_p"]
     sure = f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
     change = f"{100 * (tests['codes']['accuracy'] - tests['raw']['accuracy']):+.1f}".replace("-", "−")

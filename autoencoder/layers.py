@@ -1,4 +1,4 @@
-"""Layers on PyTorch tensors, each with its backward pass written out. Autograd is not asked: the tests compare with it.
+"""Layers on PyTorch tensors, each with its backward pass written out; only the tests use autograd, to compare with.
 
 Each layer has `forward(x, training=False)`, which keeps what the backward pass needs, and `backward(dy)`, which fills
 `grads` (the keys of `params`) and returns dx; neither updates a parameter. The loss is a mean over the batch, and its
@@ -51,8 +51,8 @@ class Layer:
 def initial_weights(in_features: int, out_features: int, init: str) -> Tensor:
     """Normal weights (D, M) of variance 2 / D (`he`: He et al. 2015) or 2 / (D + M) (`xavier`: Glorot and Bengio 2010).
 
-    He's keeps the variance through a ReLU, which sets half of it to zero; Xavier's through a linear layer, in both
-    directions. They are drawn from PyTorch's global generator, on the CPU: the same on every device.
+    He's keeps the signal's size through a ReLU, which sets half of its inputs to zero; Xavier's through a linear layer,
+    a compromise between both directions. Drawn from PyTorch's global generator, on the CPU: the same on every device.
     """
     if min(in_features, out_features) < 1:
         raise UserError(f"a layer needs at least one feature on both sides, got {in_features} → {out_features}")
@@ -174,7 +174,7 @@ class Sigmoid(Layer):
 
 
 class Dropout(Layer):
-    """In training each number is set to 0 with probability p and else divided by 1 − p; in evaluation nothing happens.
+    """In training each number is set to 0 with probability p, else divided by 1 − p; in evaluation nothing happens.
 
     The mask is drawn from PyTorch's global generator. Source: Srivastava et al. 2014, in its inverted form.
     """

@@ -10,8 +10,8 @@ from torch import Tensor
 def softmax_cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """−mean log p_y, p = softmax(logits), and its gradient (p − onehot(y)) / N.
 
-    logits: (N, K), y: int64 (N,) of labels; returns the loss (a tensor without axes) and (N, K). The largest logit is
-    taken off each row first, so that nothing overflows. Errors: `ValueError` when the shapes do not fit.
+    logits: (N, K), y: int64 (N,) of labels; returns the loss (a scalar tensor) and (N, K). The largest logit is
+    subtracted from each row first, so that nothing overflows. Errors: `ValueError` when the shapes do not fit.
     """
     n = len(logits)
     if logits.ndim != 2 or y.shape != (n,):
@@ -27,7 +27,7 @@ def softmax_cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def mean_squared_error(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of (output − target)² over images and outputs, and its gradient 2 (output − target) / (N M).
 
-    Both (N, M); returns the loss (a tensor without axes) and (N, M). Errors: `ValueError` when the shapes differ, which
+    Both (N, M); returns the loss (a scalar tensor) and (N, M). Errors: `ValueError` when the shapes differ, which
     broadcasting would otherwise hide.
     """
     if output.shape != target.shape:

@@ -1,6 +1,6 @@
 """Networks of the layers in layers.py: a multi-layer perceptron with two kinds of head, and the autoencoder.
 
-Each knows the `config` that it was built with, so that a checkpoint of `config` and `state_dict()` is the whole model.
+Each keeps the `config` that it was built with, so that a checkpoint of `config` and `state_dict()` is the whole model.
 Shapes: N images, D features in, K numbers of the code.
 """
 
@@ -52,7 +52,7 @@ class Network:
         return {**self.parameters(), **buffers}
 
     def load_state_dict(self, state: dict[str, Tensor], source="the state") -> None:
-        """Take over the tensors of a network of this shape. `UserError` names what differs; nothing changes then."""
+        """Copy in the tensors of a network of this shape. `UserError` names what differs, before anything changes."""
         own = self.state_dict()
         theirs, ours = ({name: tuple(value.shape) for name, value in found.items()} for found in (state, own))
         if theirs != ours:
@@ -71,7 +71,7 @@ class Network:
 
 
 def block(n_in: int, n_out: int, activation: str, init: str, use_batchnorm: bool, dropout: float = 0.0) -> list[Layer]:
-    """The layers of one hidden layer: Linear → BatchNorm → activation → dropout, what is not wanted left out."""
+    """The layers of one hidden layer: Linear → BatchNorm → activation → dropout, the last three optional."""
     if activation not in ACTIVATIONS:
         raise UserError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     layers = [Linear(n_in, n_out, init)]
@@ -109,7 +109,7 @@ class Classifier(ManualMLP):
     loss = staticmethod(softmax_cross_entropy)
 
     def accuracy(self, x: Tensor, y: Tensor) -> float:
-        """Part of the rows of x (N, D) whose largest logit is that of their label in y (N,)."""
+        """Share of the rows of x (N, D) whose largest logit is that of their label in y (N,)."""
         return (self.predict(x).argmax(1) == y).sum().item() / len(y)
 
 
@@ -125,9 +125,9 @@ class Autoencoder(Network):
     enc_dims: the encoder's layers, the last of which is the code; dec_dims: the decoder's hidden layers, by default
     the encoder's reversed. Hidden layers are Linear → BatchNorm → activation, the code is Linear alone, the output
     Linear → sigmoid. With activation="linear" there is nothing but Linear layers: such a network can at best find the
-    subspace of PCA (Baldi and Hornik 1989) and may leave [0, 1]; it wants use_batchnorm=False to be linear in training.
+    subspace of PCA (Baldi and Hornik 1989) and may leave [0, 1]; it needs use_batchnorm=False to be linear in training.
     noise: standard deviation of Gaussian noise on the input in training (Vincent et al. 2008). code_noise: the same on
-    the code, which BatchNorm then holds at variance 1: else the encoder would only make its numbers larger.
+    the code, which BatchNorm normalises first: else larger weights would drown the noise (the trained γ still can).
     Errors: `UserError` for a code of more numbers than the input has: it could copy the input.
     """
 

@@ -1,8 +1,8 @@
 """SGD and AdamW in the forms of `torch.optim`, so that trajectories can be compared step by step.
 
 Each takes a list of layers, objects with dicts `params` and `grads` of the same keys. `step()` updates every parameter
-in place from the gradients there are; `lr` may be changed between steps. Weight decay holds the weights `W` alone, not
-biases and not BatchNorm's scale and shift.
+in place from the layers' current gradients; `lr` may be changed between steps. Weight decay applies to the weights `W`
+alone, not to biases and not to BatchNorm's scale and shift.
 """
 
 from collections.abc import Sequence
@@ -59,8 +59,8 @@ class SGD(Optimizer):
 class AdamW(Optimizer):
     """m ← β₁ m + (1 − β₁) g,  v ← β₂ v + (1 − β₂) g²,  w ← w − lr λ w − lr m̂ / (√v̂ + ε).
 
-    m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ) make up for both starting at zero. The decay is apart from the gradient, and
-    so not divided by √v̂. Sources: Kingma and Ba 2015; Loshchilov and Hutter 2019.
+    m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ) correct for both starting at zero. The decay is decoupled from the
+    gradient, and so not divided by √v̂. Sources: Kingma and Ba 2015; Loshchilov and Hutter 2019.
     """
 
     def __init__(self, layers: Sequence[Layer], lr: float, betas=(0.9, 0.999), eps=1e-8, weight_decay: float = 0.0):

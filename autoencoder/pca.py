@@ -21,7 +21,7 @@ PART = 5000  # images at a time, for memory's sake
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and covariance (D, D), divided by N, of the images x, uint8 (N, D), in units of [0, 1].
 
-    float64, on the CPU: there are devices without float64.
+    float64, on the CPU: some devices have no float64.
     """
     mean = sum(pixels(part.cpu(), torch.float64).sum(0) for part in x.split(PART)) / len(x)
     centred = (pixels(part.cpu(), torch.float64) - mean for part in x.split(PART))
@@ -30,7 +30,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class PCA:
-    """mean: (D,); components: (D, K), orthonormal columns; variances: (D,), all of them; both by falling variance."""
+    """mean: (D,); components: (D, K), orthonormal columns; variances: (D,), all of them; largest variance first."""
 
     mean: Tensor
     components: Tensor
@@ -77,8 +77,9 @@ def pca_of(mean: Tensor, covariance: Tensor, k: int) -> PCA:
 
 
 def principal_angles(a: Tensor, b: Tensor) -> Tensor:
-    """The angles in radians between the column spaces of a (D, K) and b (D, M), falling: float64 (min(K, M),).
+    """The angles in radians between the column spaces of a (D, K) and b (D, M), largest first: float64 (min(K, M),).
 
-    By QR and SVD with sines for the small angles, whose cosines a rounding error would drown (Björck and Golub 1973).
+    By QR and SVD; small angles are taken from their sines, as rounding would swamp them in their cosines (Björck and
+    Golub 1973).
     """
     return torch.from_numpy(subspace_angles(*(t.cpu().double().numpy() for t in (a, b))))

@@ -5,11 +5,11 @@
 
 1. For each size K of the code: the mean squared error of the test images (per pixel, of values in [0, 1]) of an
    autoencoder and of PCA, both fitted to the same training images; and the accuracy of a 5-nearest-neighbour vote among
-   the codes of training and validation images. PCA may step out of [0, 1], so its error after clipping is given too.
-2. With Linear layers alone, x̂ = x W_e W_d, the autoencoder can do no better than PCA: the error has no local minima
-   but global ones, where the rows of W_d span PCA's u_1 … u_K; its other critical points are saddles (Baldi and Hornik
-   1989). The axes are not found: W_e A and A⁻¹ W_d give the same x̂ for every invertible A. AdamW, with the same
-   hand-written backward pass, gets there here.
+   the codes of training and validation images. PCA's output may leave [0, 1]: its error after clipping is given too.
+2. With Linear layers alone, x̂ = x W_e W_d, the autoencoder can do no better than PCA: every local minimum of the
+   error is a global one, where the rows of W_d span PCA's u_1 … u_K; its other critical points are saddles (Baldi and
+   Hornik 1989). The axes are not found: W_e A and A⁻¹ W_d give the same x̂ for every invertible A. AdamW, with the same
+   hand-written backward pass, reaches such a minimum here.
    The mean squared error over all images, tr((I − W_e W_d)ᵀ C (I − W_e W_d)) / D with centred pixels, and so its
    gradient, depends on the images through their covariance C alone. So R + 1 pseudo-images of mean zero and covariance
    C, R ≤ D its rank, stand for all N of them: the same full-batch gradient for a seventieth of the time.
@@ -43,7 +43,7 @@ from shared_utils.schedules import one_cycle
 from shared_utils.seeding import seed_everything
 from shared_utils.stats import wilson_interval
 
-ANGLE_BAR, EXCESS_BAR = 1e-3, 1e-3  # radians; part of PCA's error
+ANGLE_BAR, EXCESS_BAR = 1e-3, 1e-3  # radians; fraction of PCA's error
 
 
 def build_parser():
@@ -62,7 +62,7 @@ def build_parser():
     add_amp(parser, "products in bfloat16", default=True)
     parser.add_argument("--jobs", type=positive_int, help="trainings at once (default: the CPU's cores; 1 on a GPU)")
     parser.add_argument("--linear-latent", type=positive_int, default=8, help="K of the linear autoencoder")
-    parser.add_argument("--linear-updates", type=positive_int, default=2500, help="its updates")
+    parser.add_argument("--linear-updates", type=positive_int, default=2500, help="updates of the linear autoencoder")
     parser.add_argument("--linear-lr", type=positive_float, default=0.01, help="its highest learning rate")
     return parser
 
@@ -186,7 +186,7 @@ def linear_study(args, data: Inputs, covariance: Tensor, pca: PCA) -> tuple[Auto
 
 
 def signed(part: float, digits: int = 0) -> str:
-    """A part as a signed percentage, with a true minus."""
+    """A fraction as a signed percentage, with a true minus."""
     return f"{100 * part:+.{digits}f} %".replace("-", "−")
 
 

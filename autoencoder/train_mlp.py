@@ -4,24 +4,24 @@
     python autoencoder/train_mlp.py --hidden 64
     python autoencoder/train_mlp.py --lr 0.03 --out runs/autoencoder/train_mlp_one_rate
 
-Two synthetic problems, a small one each for the heads in models.py: three interleaved spirals to tell apart, and a sine
-of rising frequency to fit, both with noise. Each is learnt by {BatchNorm, none} × {He, Xavier}; for one seed all four
+Two small synthetic problems, one for each head in models.py: three interleaved spirals to tell apart, and a sine of
+rising frequency to fit, both with noise. Each is learnt by {BatchNorm, none} × {He, Xavier}; for one seed all four
 start from the same draws of the weights and see the same batches. SGD with momentum minimises
 
     L = data term + λ/2 · Σ W²,   data term: cross-entropy, or the mean squared error of the standardised y
 
-No learning rate suits all four. Each is shown at the rate of `--lr` with the best last score on the validation points
+No learning rate suits all four. Each is shown at the rate of `--lr` with the best final score on the validation points
 (mean over the seeds), and the test points are read at that rate alone. After a tenth of the epochs each is compared at
-the rate that is best there: one that wins in the end may begin slowly. A difference is called clear when its 95 %
-interval over the seeds (Student's t of the paired differences) leaves zero out. It does not cover the draw of the
-points, which is one, and of twenty intervals one leaves zero out by chance.
+the rate that is best then: one that wins in the end may start slowly. A difference is called clear when its 95 %
+interval over the seeds (Student's t of the paired differences) excludes zero. It does not cover another draw of the
+points, and one interval in twenty excludes zero by chance.
 
 He's variance is 2/D, Xavier's 2/(D + M). In a square layer He's weights are √2 times as large; in the first layer of
 the regression, from 1 input to 64 units, 8 times. As a control there, the two swap first layers.
 
-Two layers hardly strain an initialisation. The last figure follows a batch forward, and a random gradient backward,
+Two layers hardly test an initialisation. The last figure follows a batch forward, and a random gradient backward,
 through `--depth-probe` untrained layers. A ReLU sets half of its input to zero: He's variance makes up for that,
-Xavier's does not, and BatchNorm brings what each ReLU is given back to variance 1.
+Xavier's does not, and BatchNorm brings the input of each ReLU back to variance 1.
 
 Writes clf_curves_loss.png, clf_curves_acc.png, reg_curves_loss.png, reg_curves_mse.png, decision_regions.png,
 fitted_function.png, signal_through_depth.png, history.csv, metrics.json.
@@ -56,7 +56,7 @@ VARIANTS = {
 FACTORS = {"batchnorm_minus_none": "BatchNorm − none", "he_minus_xavier": "He − Xavier"}
 SIZES = {"train": 300, "val": 300, "test": 1000}  # points
 CLASSES = 3
-EARLY = 0.1  # part of the epochs after which the variants are compared a first time
+EARLY = 0.1  # fraction of the epochs after which the variants are compared a first time
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # the latter is λ
 NOISE = 0.5  # standard deviation around the sine, in the units of y
 PROBE_WIDTH, PROBE_ROWS = 128, 256
@@ -90,7 +90,7 @@ class Problem:
         return head(*sizes, init=init, use_batchnorm=use_batchnorm)
 
     def measure(self, network: ManualMLP, part: str) -> tuple[float, float]:
-        """Data term of the loss, and score: accuracy (a part of 1), or mean squared error in (units of y)²."""
+        """Data term of the loss, and score: accuracy (from 0 to 1), or mean squared error in (units of y)²."""
         output, y = network.predict(self.x[part]), self.y[part]
         loss = network.loss(output, y)[0].item()
         return loss, (output.argmax(1) == y).sum().item() / len(y) if self.classifies else loss * self.y_std**2
@@ -180,7 +180,7 @@ def effect(values: dict[str, np.ndarray], factor: int) -> dict[str, float | bool
     """What one factor changes in `values`, variant → (S,), the other factor averaged over; paired by seed.
 
     factor 0: BatchNorm − none; 1: He − Xavier. Returns the mean difference, its standard deviation over seeds, the half
-    width of the 95 % interval of the mean (None for one seed, which has none), and whether that leaves zero out.
+    width of the 95 % interval of the mean (None for one seed, which has none), and whether that excludes zero.
     """
     signs = {name: 1 if levels[factor] in (True, "he") else -1 for name, levels in VARIANTS.items()}
     differences = sum(signs[name] * np.asarray(found) for name, found in values.items()) / 2  # (S,)
@@ -195,7 +195,7 @@ def summary(values) -> dict[str, float]:
 
 
 def said(found: dict[str, dict], scale: float = 1, digits: int = 2) -> str:
-    """Both effects in words, times `scale`: with their intervals, and whether these leave zero out."""
+    """Both effects in words, times `scale`: with their intervals, and whether these exclude zero."""
     words = []
     for key, label in FACTORS.items():
         mean, half = (f"{scale * (found[key][name] or 0):+.{digits}f}" for name in ("mean", "half_width"))
@@ -235,9 +235,9 @@ def build_parser():
     parser.add_argument("--epochs", type=positive_int, default=100, help="passes over the training points")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="points per update")
     parser.add_argument(
-        "--lr", type=positive_float, nargs="+", default=[0.003, 0.01, 0.03, 0.1], help="rates to choose from"
+        "--lr", type=positive_float, nargs="+", default=[0.003, 0.01, 0.03, 0.1], help="learning rates to try"
     )
-    parser.add_argument("--depth-probe", type=positive_int, default=20, help="layers of the stack nobody trains")
+    parser.add_argument("--depth-probe", type=positive_int, default=20, help="layers of the untrained stack")
     return parser
 
 

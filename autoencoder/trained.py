@@ -35,7 +35,7 @@ def save_trained(path: Path, trained: Trained, args) -> None:
 
 
 def find_trained(args, variant: str = "baseline") -> Path:
-    """The checkpoint that `ae_experiments.py --variant …` writes by default; `UserError` with that command if not."""
+    """The default checkpoint of `ae_experiments.py --variant …`; if it is missing, `UserError` with that command."""
     return find_output(args, VARIANTS[variant], "best.pth", made_by=f"ae_experiments.py --variant {variant}")
 
 

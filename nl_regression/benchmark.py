@@ -5,15 +5,15 @@
 
 The same updates of the same networks (the interpolating recipe with Adam): as one EnsembleMLP by fitting.fit, in groups
 of 1, 2, 5, … networks; and one after another as torch.nn layers, measured on `--alone` of them. A time is that of an
-update of one network, in the fastest epoch of `--repeats` trainings; on one thread of a CPU it is the processor's. An
-update needs at the least
+update of one network, in the fastest epoch of `--repeats` trainings; on one thread of a CPU it is processor time.
+An update needs at least
 
     products:  2 · B · (3W − W_1) operations: forward, gradients of the weights and of all inputs but the first layer's
     traffic:   8 · 4 · P bytes: Adam reads weight, gradient and two moments and writes all but the gradient, which the
                backward pass writes
 
 at the speed of one large product and of one large copy on this machine (in a cache the traffic is faster). That both
-ways train the same networks is measured in float64: their mean squared errors after each epoch.
+ways train the same networks is checked in float64, by their mean squared errors after each epoch.
 
 Writes speed.png, history.csv, metrics.json. Source: Kingma and Ba 2015 (Adam).
 Shapes: M networks, B points of a batch, F frequencies; P parameters of a network, W of them weights, W_1 in layer 1.
@@ -143,7 +143,7 @@ def parity(recipe: Recipe, sizes: tuple[int, ...], epochs: int, seed: int) -> fl
 
 
 def clock_of(threads: int, device: torch.device) -> Callable[[], float]:
-    """Seconds since some start. One thread's are the processor's: a core that others hold meanwhile is not counted."""
+    """Seconds since some start. One thread's are processor time: while others hold the core, it stands still."""
     if device.type == "cpu":
         return time.process_time if threads == 1 else time.perf_counter
 
@@ -229,7 +229,7 @@ def main(argv=None) -> dict:
         ways = [(f"nn.Sequential, {name}", args.alone, True, f) for name, f in (("Adam", False), ("fused Adam", True))]
         ways += [(f"{group} together", group, False, True) for group in sorted(set(args.groups))]
         found = {way[0]: math.inf for way in ways}
-        for _ in range(args.repeats):  # all ways by turns: what else the machine does then strikes all of them
+        for _ in range(args.repeats):  # all ways by turns: what else the machine does then affects them alike
             for name, group, alone, fused in ways:
                 seconds = time_updates(recipe, args.n, group, alone, fused, args.seed, threads, device)
                 found[name] = min(found[name], seconds)
@@ -263,7 +263,7 @@ def main(argv=None) -> dict:
 
 
 def draw(rows: list[dict], difference: float, device: torch.device):
-    """Milliseconds of an update of one network, each way, over what its products and its traffic take at the least."""
+    """Milliseconds of an update of one network, each way, over the least that its products and its traffic take."""
     every = sorted({row["threads"] for row in rows})
     figure, axes = new_figure(1, len(every), width=6 * len(every) + 1, height=4.8, sharey=True)
     for ax, threads in zip(axes[0], every, strict=True):

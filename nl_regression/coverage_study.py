@@ -5,14 +5,14 @@
 
 The phase of the target is θ(x) = 10πx⁴. Across a gap from a to b between neighbouring points it advances by
 g = (θ(b) − θ(a)) / π half-periods (the gaps from 0 to the first point and from the last to 1 count too). Where g ≥ 1,
-a half-period of a sine fits into the gap, and neither +sin nor −sin oscillates there faster than the target does. Where
-the gap's ends are the sine's zeros, the two agree on all points and differ by 2 between them: no method can promise an
+a half-period of +sin or of −sin fits into the gap, and neither oscillates there faster than the target does. Where the
+gap's ends are the sine's zeros, the two agree on all points and differ by 2 between them: no method can guarantee an
 error below 1. That is the worst case: ends on a crest leave less open, a method that suits this target may do better.
 
-Beside the networks of sweep.py, on the same points: a cubic spline; a Gaussian process with an RBF kernel, its length
-scale and variance by marginal likelihood; and the function of least norm ‖w‖ among all f(x) = φ(x)ᵀw on 1,000 random
-Fourier features φ (of the networks' σ) that meet the points. Then `--members` networks with weights and features of
-their own learn from the same n points, by the sweep's recipe: where they differ they should be wrong.
+Compared with the networks of sweep.py, on the same points: a cubic spline; a Gaussian process with an RBF kernel, its
+length scale and variance chosen by marginal likelihood; and the function of least norm ‖w‖ among all f(x) = φ(x)ᵀw
+on 1,000 random Fourier features φ (of the networks' σ) that meet the points. Then `--members` networks with weights and
+features of their own learn from the same n points, by the sweep's recipe: they should disagree where they are wrong.
 
 Writes coverage.png, extrapolation.png, coverage.csv, history.csv, metrics.json. Sources: Rahimi and Recht 2007 (random
 Fourier features); Rasmussen and Williams 2006, section 5.4.1; Lakshminarayanan et al. 2017 (deep ensembles).

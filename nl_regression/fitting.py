@@ -24,7 +24,7 @@ SCHEDULES = ("constant", "cosine")
 
 @dataclass(frozen=True)
 class Fit:
-    """What came of M networks: mean squared error on their points and values on `GRID`, (M,) and (M, G), float64.
+    """The outcome for M networks: mean squared error on their points and values on `GRID`, (M,) and (M, G), float64.
 
     diverged_at: the update (from 1) at which a network's loss was no longer finite, 0 where it always was: (M,).
     """
@@ -68,10 +68,10 @@ def fit(
     beta2: float = 0.999,
     after_epoch: Callable[[int, EnsembleMLP], None] | None = None,
 ) -> Fit:
-    """Minimise every network's mean squared error on its own points: M arrays (n_i,) → what came of it.
+    """Minimise every network's mean squared error on its own points: M arrays (n_i,) → the outcome.
 
-    optimizer: `sgd` has momentum 0.9; neither decays weights. schedule: `cosine` lets the rate fall to 0.
-    A network whose loss is no longer finite is noted and left to itself; the others cannot feel it.
+    optimizer: `sgd` has momentum 0.9; neither decays weights. schedule: `cosine` lets the learning rate fall to 0.
+    A network whose loss is no longer finite is noted and left as it is; the others are not affected.
     """
     parameter = model.weights[0]
     sizes = [len(x) for x in points]

@@ -1,4 +1,4 @@
-"""Many multilayer perceptrons of one shape as one: every weight has a leading axis over the M networks.
+"""Many multilayer perceptrons of one shape run as one: every weight has a leading axis over the M networks.
 
     h_0 = features(x),      h_l = max(0, h_{l−1} W_l + b_l)  for l = 1 … depth,      f(x) = h_depth w + c
 

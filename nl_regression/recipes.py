@@ -1,8 +1,8 @@
 """The two ways in which the scripts train, and the flags that change them.
 
 `reference` is the configuration of the student project whose claims are tested here. With `interpolating` every network
-meets its points: the input as Fourier features (which suffices), and Adam with a rate that falls to 0 (which is faster
-and closer). Width, depth, batches and the absence of weight decay are the same.
+meets its points: the input as Fourier features (which suffices), and Adam with a learning rate that falls to 0 (which
+fits faster and more closely). Width, depth, batches and the absence of weight decay are the same.
 Shapes: M networks, n points.
 """
 
@@ -40,14 +40,14 @@ HOW = ("epochs", "lr", "optimizer", "schedule", "batch_size", "beta2")  # of a r
 
 
 def add_recipe_flags(parser: ExperimentParser, recipe: str = "interpolating") -> None:
-    """`--recipe`, and a flag for everything in it, which wins over it."""
-    parser.add_argument("--recipe", choices=RECIPES, default=recipe, help="what the flags below are when not given")
+    """`--recipe`, and a flag for everything in it, which overrides it."""
+    parser.add_argument("--recipe", choices=RECIPES, default=recipe, help="sets the flags below that are not given")
     parser.add_argument("--epochs", type=positive_int, help="of 16 updates each, whatever n")
     parser.add_argument("--lr", type=positive_float, help="learning rate")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="sgd has momentum 0.9")
     parser.add_argument("--schedule", choices=SCHEDULES, help="of the learning rate")
     parser.add_argument("--features", type=non_negative_int, help="Fourier frequencies; 0: the input is x itself")
-    parser.add_argument("--sigma", type=positive_float, help="their standard deviation, cycles per unit")
+    parser.add_argument("--sigma", type=positive_float, help="deviation of the Fourier frequencies, cycles per unit")
     parser.add_argument("--width", type=positive_int, default=256, help="units of a hidden layer")
     parser.add_argument("--depth", type=positive_int, default=3, help="hidden layers")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="points per update and network")
@@ -70,7 +70,7 @@ class Recipe:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Recipe":
-        """The recipe that `args` name, with what they change."""
+        """The recipe that `args` names, with what its other flags override."""
         changed = {key: getattr(args, key) for key in RECIPES[args.recipe] if getattr(args, key) is not None}
         same = {key: getattr(args, key) for key in ("width", "depth", "batch_size")}
         return cls(**{**RECIPES[args.recipe], **changed, **same})
@@ -86,7 +86,7 @@ class Recipe:
     def train(
         self, sizes: Sequence[int], trials: Sequence[int], seed: int, device: torch.device, after_epoch=None
     ) -> tuple[EnsembleMLP, Fit]:
-        """One network for each of the M pairs (sizes[i], trials[i]), all at once: the model and what came of it.
+        """One network for each of the M pairs (sizes[i], trials[i]), all at once: the model and the outcome.
 
         Points, frequencies, weights and batches of a network are drawn from a generator of its own: it is the same
         network whichever others are trained beside it. after_epoch(epoch, model) is called after each epoch.

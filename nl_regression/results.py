@@ -1,4 +1,4 @@
-"""What a sweep found about its networks: kept in one file as it goes, read by whoever compares.
+"""What a sweep found about its networks: kept in one file as it goes, read by the scripts that compare.
 
 Shapes: M networks, G grid points.
 """
@@ -54,7 +54,7 @@ class Networks:
         return self[self.n == n]
 
     def sizes(self) -> list[int]:
-        """The numbers of points, rising."""
+        """The numbers of points, in increasing order."""
         return np.unique(self.n).tolist()
 
     def write_csv(self, path: Path) -> None:

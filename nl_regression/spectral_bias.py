@@ -4,7 +4,7 @@
     python nl_regression/spectral_bias.py --n 256 --epochs 1000
     python nl_regression/spectral_bias.py --sigma 3
 
-Networks on 1,000 points learn sin(10πx⁴) three times: from x itself and from Fourier features of it with the same
+Networks learn sin(10πx⁴) from 1,000 points in three ways: from x itself and from Fourier features of it with the same
 optimiser, and from x with the reference's. At epochs spaced evenly on a logarithmic axis the residual r = f − f* on
 [0, 1] is split by frequency, in two ways:
 
@@ -74,7 +74,7 @@ def build_parser():
 
 
 def in_bins(frequency: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Which of the K bins, bool (K, G), each frequency (G,) lies in: from its lower edge up, the last to its upper."""
+    """Which of the K bins, bool (K, G), each frequency (G,) lies in: [low, high), the last [low, high]."""
     low, high = edges[:-1, None], edges[1:, None]  # (K, 1)
     return (frequency >= low) & ((frequency < high) | ((high == edges[-1]) & (frequency == high)))
 

@@ -6,8 +6,8 @@
 
 Networks of 3 layers of 256 ReLU units, more than a hundred parameters for each point, learn sin(10πx⁴) from n points on
 [0, 1]: 20 sizes from 10 to 1,000, 5 trials each with their own points and weights, and the four sizes of the
-reference's table. Measured are the mean squared error on the points, δ_in (largest error on [0, 1]) and δ_out (on
-[0, 1.5]; target.py). All trials of a size train at once, on a GPU all networks.
+reference's table. Each is measured by its mean squared error on the points, δ_in (largest error on [0, 1]) and δ_out
+(on [0, 1.5]; target.py). All trials of a size train at once; on a GPU, all networks.
 
 Writes dataset_example.png, delta_vs_n.png, fits_vs_n.png, results.csv, last.npz, history.csv, metrics.json. last.npz
 holds each network's values on the grid; with --resume a sweep that was stopped goes on with the sizes that it lacks
@@ -55,7 +55,7 @@ def main(argv=None) -> dict:
     found = Networks.load(run.path("last.npz")) if args.resume and run.path("last.npz").exists() else None
     run.rewind(len(found.sizes()) if found else 0)
     todo = [n for n in sizes if found is None or n not in found.sizes()]
-    # A CPU's cache holds the networks of one size; a GPU wants as many as there are.
+    # A CPU's cache holds the networks of one size; a GPU has room for all at once.
     groups = [[n] for n in todo] if device.type == "cpu" or not todo else [todo]
     for group in groups:
         ns, trials = np.repeat(group, args.trials), np.tile(np.arange(args.trials), len(group))
@@ -100,7 +100,7 @@ def main(argv=None) -> dict:
 
 
 def summary(networks: Networks) -> dict:
-    """Mean, deviation, median and largest over the networks of one size that did not diverge, and what they say."""
+    """Mean, deviation, median and largest over the networks of one size that did not diverge, and the verdict."""
     fine = networks[networks.diverged_at == 0]
     row = {"n": int(networks.n[0]), "diverged": len(networks) - len(fine)}
     delta_in, delta_out = deltas(fine.values)
@@ -174,7 +174,7 @@ def draw_deltas(found: Networks, rows: list[dict], recipe: Recipe):
 
 
 def draw_fits(found: Networks, recipe: Recipe):
-    """What the networks of six sizes learned, with the zone beyond their points shaded."""
+    """What the networks of six sizes learned, with the range beyond their points shaded."""
     sizes = found.sizes()
     chosen = sorted({sizes[round(i)] for i in np.linspace(0, len(sizes) - 1, 6)})
     first, last = (tuple(float(np.median(d)) for d in deltas(found.of_size(n).values)) for n in (sizes[0], sizes[-1]))

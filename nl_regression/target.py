@@ -3,7 +3,7 @@
     f*(x) = sin(10 π x⁴)
 
 Its phase is 10πx⁴, so that its local frequency is phase′ / 2π = 20x³ cycles per unit: none at 0, 20 at x = 1. A network
-sees n points drawn uniformly from [0, 1] without noise. What it made of them is measured by the largest error
+sees n points drawn uniformly from [0, 1] without noise. What it has learned is measured by the largest error
 
     δ_in = max |f − f*| on [0, 1],      δ_out = max |f − f*| on [0, 1.5],
 

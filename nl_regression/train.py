@@ -5,9 +5,9 @@
     python nl_regression/train.py --n 256 --recipe reference --epochs 2000
 
 `--trials` networks of one size n, each with its own points and weights, are trained at once (recipes.py says how,
-sweep.py does it for all sizes). After every epoch, of a long training after at most a hundred, their mean squared error
-on their points and the largest error on [0, 1], δ_in, are noted: whether the first falls and whether the second follows
-are two questions.
+sweep.py does it for all sizes). After every epoch (in a long training, at most a hundred times) their mean squared
+error on their points and the largest error on [0, 1], δ_in, are noted: whether the first falls and whether the second
+follows are two questions.
 
 Writes training.png, fits.png, last.pth, history.csv, metrics.json.
 Shapes: M = T trials, n points, G grid points, E epochs.

@@ -5,10 +5,10 @@
     python nl_regression/what_it_takes.py --scale 30
 
 From the reference's configuration (a student project's: raw input, SGD with momentum, a constant rate) to the
-interpolating recipe, change by change; every rung says what it changes and of which rung (those with Adam and the one
-with 8 times the epochs take a rate of their own too). Two of them change the first layer at initialisation:
+interpolating recipe, change by change; every rung says what it changes and in which rung (those with Adam and the one
+with 8 times the epochs take a learning rate of their own too). Two of them change the first layer at initialisation:
 
-    h_1 = max(0, s w x + b)             the network of the input s·x: same functions, steeper at the start
+    h_1 = max(0, s w x + b)             the network of the input s·x: same function class, steeper at the start
     h_1 = max(0, s w (x − c))           and its kinks at c, drawn from [0, 1], where the points are
 
 A network of weights w, b ~ U(−1, 1) has its kinks at x = −b/w: half of them beyond ±1, half of the others below 0. The
@@ -59,7 +59,7 @@ class ScaledRecipe(Recipe):
 
 @dataclass(frozen=True)
 class Rung:
-    """One step of the ladder: `recipe` is that of the rung `of` with `change`."""
+    """One step of the ladder: `recipe` is that of the rung `of` with `change` applied."""
 
     name: str
     of: str | None
@@ -68,8 +68,11 @@ class Rung:
 
 
 def ladder(epochs: int, scale: float, width: int) -> list[Rung]:
-    """The rungs, in order. epochs: of all but those that say so, and the last, which has the recipe's own number (but
-    no more than four times as many). The longest is the best found for raw input, on other trials than these."""
+    """The rungs, in order.
+
+    epochs: of every rung but those that name another number, and the last, which has the recipe's own (at most four
+    times as many). The rung with 8 times the epochs is the best found for raw input, on other trials than these.
+    """
     best = RECIPES["interpolating"]
     inputs = {key: best[key] for key in ("features", "sigma")}
     rungs = {

@@ -6,8 +6,8 @@
 
 Networks of 16 to 1,024 units in each hidden layer, and of 1 to 5 hidden layers, learn the same 200 points of
 sin(10πx⁴) with the same recipe and number of updates. A trial's points are the same for every shape. Classical wisdom
-has the largest error on [0, 1], δ_in, rise with the number of parameters beyond that of the points; what is seen where
-a shape does not meet its points (train MSE) is a failure of the optimiser, not of the shape: no rate is tuned to it.
+says that the largest error on [0, 1], δ_in, rises with the number of parameters once it exceeds that of the points. A
+shape that does not meet its points (train MSE) is a failure of the optimiser: no learning rate is tuned to a shape.
 
 Writes width_depth.png, history.csv, metrics.json.
 Shapes: T trials.
@@ -82,7 +82,7 @@ def main(argv=None) -> dict:
 
 
 def measure(recipe: Recipe, args, device) -> dict:
-    """Train one shape's trials; what they came to, NaN for those that diverged."""
+    """Train one shape's trials; their errors, NaN for those that diverged."""
     begin = time.perf_counter()
     model, fit = recipe.train([args.n] * args.trials, range(args.trials), args.seed, device)
     seconds = time.perf_counter() - begin
@@ -100,8 +100,8 @@ def measure(recipe: Recipe, args, device) -> dict:
 def finding(rows: list[dict], what: str) -> dict:
     """The shape with the smallest mean δ_in, the largest shape, and whether its δ_in is worse.
 
-    rows: shapes in rising order. A trial has the same points in both: worse is a mean difference above the deviation
-    of the trials' differences (two trials at least). A shape of which every network diverged is left out.
+    rows: shapes in rising order. A trial has the same points in both: worse means a mean difference above the standard
+    deviation of the trials' differences (two trials at least). A shape of which every network diverged is left out.
     """
     rows = [row for row in rows if row["diverged"] < len(row["trials_delta_in"])]
     if not rows:
