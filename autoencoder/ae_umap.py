@@ -149,6 +149,8 @@ def main(argv=None) -> dict:
     n, latent = len(keep), codes.shape[1]
     if n <= max(2 * TRUST_K, args.neighbors):
         raise UserError(f"{n} images are too few: needs more than {max(2 * TRUST_K, args.neighbors)}")
+    if latent < 2:
+        raise UserError(f"{path}: codes of {latent} number; a map has two dimensions")
     if latent > min(data.x_train.shape):
         raise UserError(f"{path}: PCA cannot give {latent} numbers from training images {tuple(data.x_train.shape)}")
     run = start_run(args)

@@ -113,10 +113,10 @@ def fit(model: Autoencoder, recipe: Recipe, x_train: Tensor, x_val: Tensor, seed
                 model.backward(gradient)
             optimizer.step()
             step += 1
-        check_epoch(losses, step, optimizer.lr)
+        check_epoch(losses, step, recipe.lr)
         row = {"epoch": epoch, "lr": optimizer.lr, "train_loss": losses.mean().item()}
         row["val_recon"] = reconstruction_errors(model, x_val).mean().item()
-        check_finite(row["val_recon"], step, optimizer.lr)
+        check_finite(row["val_recon"], step, recipe.lr)
         rows.append(row)
         if row["val_recon"] < best["val_recon"]:
             weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -132,7 +132,7 @@ def check_epoch(losses: Tensor, step: int, lr: float) -> None:
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         first = int(bad[0])
-        check_finite(losses[first].item(), step - len(losses) + first, lr)
+        check_finite(losses[first].item(), step - len(losses) + first + 1, lr)
 
 
 @torch.no_grad()

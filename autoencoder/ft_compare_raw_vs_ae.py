@@ -126,7 +126,7 @@ def fit_classifier(x: Tensor, y: Tensor, classes: int, hidden, args, seed: int, 
         optimizer.lr = one_cycle(step - 1, updates, lr)
         batch = torch.from_numpy(batch).to(x.device)
         loss, gradient = model.loss(model.forward(x[batch], training=True), y[batch])
-        check_finite(loss.item(), step, optimizer.lr)
+        check_finite(loss.item(), step, lr)
         model.backward(gradient)
         optimizer.step()
         if step % per_epoch == 0 and val:

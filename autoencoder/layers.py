@@ -88,7 +88,7 @@ class Linear(Layer):
 
 
 class BatchNorm1d(Layer):
-    """y = γ x̂ + β,  x̂ = (x − μ) / √(σ² + ε), column by column.  x, y: (N, D); γ, β: (D,).
+    """y = γ x̂ + β,  x̂ = (x − μ) / √(σ² + ε), column by column.  x, y: (N, D); γ, β: (D,); affine=False: y = x̂.
 
     In training μ and σ² are the batch's own mean and biased variance, and depend on x: the gradient runs through them.
     In evaluation they are running averages: after each batch running ← (1 − momentum) running + momentum · batch's,
@@ -96,10 +96,11 @@ class BatchNorm1d(Layer):
     Errors: `UserError` for a batch of one in training, which has no variance. Source: Ioffe and Szegedy 2015.
     """
 
-    def __init__(self, features: int, momentum: float = 0.1, eps: float = 1e-5):
+    def __init__(self, features: int, momentum: float = 0.1, eps: float = 1e-5, affine: bool = True):
         super().__init__()
         self.momentum, self.eps = momentum, eps
-        self.params = {"gamma": torch.ones(features), "beta": torch.zeros(features)}
+        if affine:
+            self.params = {"gamma": torch.ones(features), "beta": torch.zeros(features)}
         self.buffers = {"running_mean": torch.zeros(features), "running_var": torch.ones(features)}
 
     def forward(self, x: Tensor, training: bool = False) -> Tensor:
@@ -117,15 +118,17 @@ class BatchNorm1d(Layer):
         self._training = training
         self._inverse = (var + self.eps).rsqrt()  # (D,)
         self._x_hat = centred.mul_(self._inverse)
+        if not self.params:
+            return self._x_hat
         return torch.addcmul(self.params["beta"], self.params["gamma"], self._x_hat)
 
     def backward(self, dy: Tensor, need_dx: bool = True) -> Tensor | None:
         """In training dx = γ/√(σ² + ε) · (dy − mean(dy) − x̂ · mean(dy · x̂)), the means over the batch."""
         dgamma, dbeta = (dy * self._x_hat).sum(0), dy.sum(0)
-        self.grads = {"gamma": dgamma, "beta": dbeta}
+        self.grads = {"gamma": dgamma, "beta": dbeta} if self.params else {}
         if not need_dx:
             return None
-        scale = self.params["gamma"] * self._inverse  # (D,)
+        scale = self.params.get("gamma", 1) * self._inverse  # (D,)
         if not self._training:
             return dy * scale
         # The docstring's dx, multiplied out: −scale · mean(dy) − x̂ · scale · mean(dy x̂), then + scale · dy.
@@ -134,7 +137,7 @@ class BatchNorm1d(Layer):
 
     def scale(self) -> Tensor:
         """What the layer multiplies its input by in evaluation, γ/√(σ² + ε): (D,)."""
-        return self.params["gamma"] * (self.buffers["running_var"] + self.eps).rsqrt()
+        return self.params.get("gamma", 1) * (self.buffers["running_var"] + self.eps).rsqrt()
 
 
 class ReLU(Layer):

@@ -127,7 +127,7 @@ class Autoencoder(Network):
     Linear → sigmoid. With activation="linear" there is nothing but Linear layers: such a network can at best find the
     subspace of PCA (Baldi and Hornik 1989) and may leave [0, 1]; it needs use_batchnorm=False to be linear in training.
     noise: standard deviation of Gaussian noise on the input in training (Vincent et al. 2008). code_noise: the same on
-    the code, which BatchNorm normalises first: else larger weights would drown the noise (the trained γ still can).
+    the code, which a BatchNorm without γ and β normalises first: else larger codes would drown the noise.
     Errors: `UserError` for a code of more numbers than the input has: it could copy the input.
     """
 
@@ -157,7 +157,7 @@ class Autoencoder(Network):
                 layers += block(n_in, n_out, activation, init, use_batchnorm)
             layers.append(Linear(sizes[-2], sizes[-1], init))
         if code_noise:
-            encoder += [BatchNorm1d(enc_dims[-1]), GaussianNoise(code_noise)]
+            encoder += [BatchNorm1d(enc_dims[-1], affine=False), GaussianNoise(code_noise)]
         if activation != "linear":
             decoder.append(Sigmoid())
         self.encoder, self.decoder = Network(encoder, {}), Network(decoder, {})

@@ -149,7 +149,7 @@ def fit_linear(covariance: Tensor, k: int, updates: int, lr: float, seed: int) -
     looks = {0, updates, *np.geomspace(1, updates, 60).astype(int).tolist()}
     for update in range(updates + 1):
         loss, gradient = model.loss(model.forward(x, training=True), x)
-        check_finite(loss.item(), update, optimizer.lr, "--linear-lr")
+        check_finite(loss.item(), update + 1, lr, "--linear-lr")
         if update in looks:
             encoder, decoder = (layer.params["W"] for layer in model.layers)  # (D, K), (K, D)
             angles = [principal_angles(a, pca.components)[0].item() for a in (decoder.T, covariance @ encoder)]

@@ -136,7 +136,7 @@ def train(
         for batch in minibatches(len(x), batch_size, rng, drop_last=True) if epoch else ():
             chosen = torch.from_numpy(batch).to(x.device)  # (B,)
             loss, gradient = network.loss(network.forward(x[chosen], training=True), y[chosen])
-            check_finite(loss.item(), step, lr)
+            check_finite(loss.item(), step + 1, lr)
             network.backward(gradient)
             optimizer.step()
             step += 1

@@ -70,8 +70,9 @@ def twin(network):
             module = nn.Linear(*p["W"].shape)
             module.weight.data, module.bias.data = p["W"].T.clone(), p["b"].clone()
         elif isinstance(layer, BatchNorm1d):
-            module = nn.BatchNorm1d(len(p["gamma"]), dtype=torch.float64)
-            module.weight.data, module.bias.data = p["gamma"].clone(), p["beta"].clone()
+            module = nn.BatchNorm1d(len(b["running_var"]), affine=bool(p), dtype=torch.float64)
+            if p:
+                module.weight.data, module.bias.data = p["gamma"].clone(), p["beta"].clone()
             module.running_mean.copy_(b["running_mean"])
             module.running_var.copy_(b["running_var"])
         else:
@@ -122,6 +123,7 @@ def agrees_with_autograd(network, x, training):
 LAYERS = {
     "linear": lambda: Linear(5, 3, "xavier"),
     "batchnorm": lambda: BatchNorm1d(5),
+    "batchnorm without γ and β": lambda: BatchNorm1d(5, affine=False),
     "relu": ReLU,
     "gelu": GELU,
     "sigmoid": Sigmoid,

@@ -210,6 +210,7 @@ def processed(tmp_path):
         ({"y": np.zeros(360, dtype=np.int64)}, "other labels than the 360 test images"),
         ({"Z": np.full((360, 4), np.nan)}, "NaN"),
         ({"Z": np.zeros((360, 785))}, "PCA cannot give 785"),
+        ({"Z": np.zeros((360, 1))}, "codes of 1 number; a map has two dimensions"),
     ],
 )
 def test_npz_of_something_else(changes, said, processed, fails, tmp_path):
