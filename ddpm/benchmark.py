@@ -1,15 +1,15 @@
-"""How many images a second does the network learn from, how many steps does it take, beside a common UNet?
+"""How many images a second does the network train on, how many steps does it take, compared with a common UNet?
 
     python ddpm/benchmark.py
     python ddpm/benchmark.py --device cuda --batch-size 256 --repeats 20
 
-An update is forward, backward, clipping, the optimizer (here Muon, for the peer AdamW) and the mean weights' step, as
-train_ddpm.py makes it; an image-step is one image through the network once, without gradients, as in sampling.py. The
+An update is forward, backward, clipping, the optimizer (here Muon, for the peer AdamW) and that of the mean weights, as
+in train_ddpm.py; an image-step is one image through the network once, without gradients, as in sampling.py. The
 peer is the UNet that is common for 28×28 digits, built here: dim 32, multipliers 1, 2 and 4 at 28×28, 14×14 and 7×7,
 two blocks and full attention of four heads at each size, on the way down and up. Both in float32 and in bfloat16; the
-peer channels first, as is usual, the network here channels last. The quality that goes with the speed is evaluate.py's.
+peer channels first, as is usual, the network here channels last. evaluate.py measures the quality.
 
-All are measured in turn, `--repeats` times; of each the least time counts.
+All are measured in turn, `--repeats` times; the shortest time of each counts.
 Writes speed.png, metrics.json. Shapes: B images of a batch.
 """
 
@@ -40,7 +40,7 @@ def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None, quick={"repeats": 1, "batch_size": 4})
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images of an update, and of a step")
-    parser.add_argument("--repeats", type=positive_int, default=5, help="times that each is measured")
+    parser.add_argument("--repeats", type=positive_int, default=5, help="how often each is measured")
     return parser
 
 
@@ -58,7 +58,7 @@ class PeerAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
         qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, 4, 32)).transpose(3, 4)  # (B, 3, 4, H W, 32)
-        q, k, v = (each.contiguous() for each in qkv.unbind(1))  # as they lie the kernel takes three times as long
+        q, k, v = (each.contiguous() for each in qkv.unbind(1))  # without copies the kernel takes three times as long
         seen = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)  # (B, 4, 32, H W)
         return x + self.out(seen.flatten(1, 2).unflatten(2, x.shape[2:]))
 
@@ -173,7 +173,7 @@ def step_call(network: nn.Module, batch_size: int, amp: bool, device: torch.devi
 
 
 def least_seconds(calls: dict, repeats: int) -> dict:
-    """The least time of `repeats` of each call, after one to warm up; in turn, so that other load meets them alike."""
+    """The least time of `repeats` of each call, after one to warm up; in turn, so that other load affects all alike."""
     least = dict.fromkeys(calls, math.inf)
     for repeat in range(repeats + 1):
         for name, call in calls.items():

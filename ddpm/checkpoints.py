@@ -1,4 +1,4 @@
-"""A trained diffusion as a file: ema.pth, the mean weights and what they belong to."""
+"""A trained diffusion as a file: ema.pth, the mean weights and the settings they belong to."""
 
 import argparse
 import hashlib
@@ -23,8 +23,8 @@ def load_model(
 ) -> tuple[UNet, GaussianDiffusion, dict]:
     """The network in evaluation mode, the diffusion it was trained for, and the checkpoint.
 
-    val_size: the images that the caller takes for held out. Errors: `UserError` when the file is missing, damaged, of
-    another network, or trained on another `--dataset` or on images that the caller takes for held out.
+    val_size: how many images the caller takes for held out. Errors: `UserError` when the file is missing, damaged, of
+    another network, or trained with another `--dataset` or another number of images held out.
     """
     path = find_checkpoint(args)
     state = checkpoint.load(path, device=device)
@@ -41,7 +41,7 @@ def load_model(
 
 
 def fingerprint(model: UNet) -> str:
-    """Of the weights: samples know by it what drew them."""
+    """A hash of the weights: samples carry it to say which model drew them."""
     found = hashlib.sha256()
     for weight in model.state_dict().values():
         found.update(weight.cpu().contiguous().numpy().tobytes())

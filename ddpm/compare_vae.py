@@ -3,15 +3,15 @@
     python ddpm/compare_vae.py
     python ddpm/compare_vae.py --n 2000 --out runs/ddpm/compare_2000
 
-The autoencoder's images have 14×14 pixels of black and white. So the diffusion's are brought to that: the mean of each
+The autoencoder's images have 14×14 pixels, black or white, so the diffusion's are reduced to that: the mean of each
 2×2 block, cut at one half, which is how the autoencoder's data were made. A classifier of such images, trained here,
-gives the features (features.py), and as many real images that were held out the floor. The autoencoder's images are of
-two kinds: its most probable pixels, and pixels drawn with the probabilities that it gives them, as its likelihood is.
+gives the features (features.py); as many held-out real images give the floor. The autoencoder's images are of two
+kinds: its most probable pixels, and pixels drawn with the probabilities that it gives them, as its likelihood assumes.
 
-A training is stable when its loss on images held out falls from one look to the next: how often did it rise, and how
-far? The VAE's is looked at often, with its weights as they are and new draws each time; the diffusion's after an epoch,
-with its mean weights and always the same noise, which is steadier by itself. The likelihoods are of different images,
-bits of black or white and shades of 256: neither number is the better.
+Training is stable when the held-out loss falls from one evaluation to the next: how often did it rise, and how far? The
+VAE's is evaluated often, with its current weights and new draws each time; the diffusion's after each epoch, with its
+mean weights and always the same noise, which is steadier by itself. The likelihoods are of different images, with
+pixels of 2 and of 256 shades: they cannot be compared.
 
 Reads what vae/train.py, vae/sample.py, vae/evaluate.py and here train_ddpm.py, sampling.py, evaluate.py wrote.
 Writes side_by_side.png, metrics.json (in it the table of both). Source: Heusel et al. 2017 (the distance).
@@ -34,7 +34,7 @@ from shared_utils.runs import find_output, read_json, start_run
 
 GRID = 8  # images of each kind in each direction
 VAE, DRAWN, DIFFUSION = "VAE", "VAE, pixels drawn", "diffusion"
-READ = {  # experiment, and of its training, sampling and measurement what is read in their metrics
+READ = {  # experiment, and what is read from the metrics of its training, sampling and evaluation
     VAE: (
         "vae",
         {
@@ -72,7 +72,7 @@ def main(argv=None) -> dict:
         about[name] = [metrics_of(args, experiment, run, keys) for run, keys in runs.items()]
         learned = about[name][0]["run"].get("dataset")
         if learned != args.dataset:
-            raise UserError(f"--dataset {args.dataset}: the {name} learned {learned}")
+            raise UserError(f"--dataset {args.dataset}: the {name} was trained on {learned}")
         path = find_output(args, next(iter(runs)), "history.csv", experiment)
         history = np.genfromtxt(path, delimiter=",", names=True, ndmin=1)
         losses[name] = history["val_kl"] - history["val_reconstruction"] if name == VAE else history["val_loss"]
@@ -146,7 +146,7 @@ def coarse(x: np.ndarray) -> np.ndarray:
 
 
 def steadiness(loss: np.ndarray) -> tuple[int, int, float]:
-    """Of a held-out loss: looks at which it rose, all looks but the first, the largest rise in parts of the loss."""
+    """Of a held-out loss: how often it rose, of how many evaluations after the first, and the largest relative rise."""
     rises = np.diff(loss) / np.abs(loss[:-1])
     return int((rises > 0).sum()), len(rises), float(rises.max(initial=0.0))
 

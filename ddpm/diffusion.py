@@ -5,13 +5,13 @@
                μ̃_t = √ᾱ_{t−1} β_t / (1 − ᾱ_t) · x_0  +  √α_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t) · x_t
     loss       E ‖ε − ε_θ(x_t, t)‖²,  the mean over pixels, t and ε    (for v: the same of v = √ᾱ_t ε − √(1 − ᾱ_t) x_0)
 
-with α_t = 1 − β_t and ᾱ_t = α_1 … α_t. A network that knows ε knows x_0, which is what the samplers below ask for:
+with α_t = 1 − β_t and ᾱ_t = α_1 … α_t. A network that knows ε knows x_0, which is what the samplers below use:
 
-    x̂_0 = (x_t − √(1 − ᾱ_t) ε_θ) / √ᾱ_t  =  √ᾱ_t x_t − √(1 − ᾱ_t) v_θ,      cut to [−1, 1]
+    x̂_0 = (x_t − √(1 − ᾱ_t) ε_θ) / √ᾱ_t  =  √ᾱ_t x_t − √(1 − ᾱ_t) v_θ,      clipped to [−1, 1]
 
-DDPM draws x_{t−1} from the posterior at x̂_0, all T steps. DDIM goes over any of the steps and may add less noise (none
-at η = 0; at η = 1 with all steps it is DDPM). DPM-Solver++(2M) solves the same equation to second order: it also uses
-the x̂_0 of the step before.
+DDPM draws x_{t−1} from the posterior at x̂_0, all T steps. DDIM takes any subset of the steps and may add less noise
+(none at η = 0, where it solves an ODE to first order; at η = 1 with all steps it is DDPM). DPM-Solver++(2M) solves the
+same ODE to second order: it also uses the x̂_0 of the step before.
 
 Sources: Sohl-Dickstein et al. 2015; Ho, Jain and Abbeel 2020; Nichol and Dhariwal 2021 (cosine); Salimans and Ho 2022
 (v); Song, Meng and Ermon 2021 (DDIM); Lu et al. 2022, arXiv 2211.01095 (DPM-Solver++).
@@ -36,7 +36,7 @@ Model = Callable[[Tensor, Tensor], Tensor]  # (x_t, t) → ε or v, as the image
 def make_betas(timesteps: int, schedule: str) -> np.ndarray:
     """β of every step, float64 (T,), in (0, 1).
 
-    linear: 1e-4 … 0.02 at T = 1000, as Ho et al.; scaled by 1000 / T for others, so that as much noise is added.
+    linear: 1e-4 … 0.02 at T = 1000, as Ho et al.; scaled by 1000 / T for other T, to add as much noise in all.
     cosine: ᾱ_t ∝ cos²(π/2 · (t/T + s) / (1 + s)), s = 0.008, and no β above 0.999.
     Errors: `UserError` for another schedule, or fewer steps than `FEWEST_STEPS`.
     """
@@ -83,14 +83,14 @@ class GaussianDiffusion:
         return _at(of_x0, t, x0) * x0 + _at(of_xt, t, x0) * x_t, _at(variance, t, x0)
 
     def target(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """What the model is to return for x_t: ε or v."""
+        """What the model should return for x_t: ε or v."""
         if self.prediction == "eps":
             return noise
         signal, sigma = self.signal_and_noise(t, x0)
         return signal * noise - sigma * x0
 
     def denoised(self, model: Model, x_t: Tensor, t: Tensor) -> Tensor:
-        """x̂_0: what the model takes the image without its noise for, cut to [−1, 1]."""
+        """x̂_0: the model's estimate of the image without its noise, clipped to [−1, 1]."""
         found, (signal, sigma) = model(x_t, t).to(x_t.dtype), self.signal_and_noise(t, x_t)
         x0 = (x_t - sigma * found) / signal if self.prediction == "eps" else signal * x_t - sigma * found
         return x0.clamp(-1, 1)
@@ -119,7 +119,7 @@ class GaussianDiffusion:
         return x
 
     def steps_of(self, steps: int) -> list[int]:
-        """The indices of as many steps, evenly spaced from T − 1 down to 0. Errors: `UserError` for more than T."""
+        """The indices of `steps` steps, evenly spaced from T − 1 down to 0. Errors: `UserError` for more than T."""
         if not 1 <= steps <= self.timesteps:
             raise UserError(f"--steps {steps}: the diffusion has 1 to {self.timesteps}")
         return np.linspace(self.timesteps - 1, 0, steps).round().astype(int).tolist()
@@ -129,12 +129,12 @@ class GaussianDiffusion:
         return 0.5 * np.log(self.alpha_bars / (1 - self.alpha_bars))
 
     def steps_even_in_lambda(self, steps: int) -> list[int]:
-        """As `steps_of`, but evenly spaced in λ, as nearly as whole steps that are all different can be.
+        """As `steps_of`, but evenly spaced in λ, as nearly as distinct whole steps allow.
 
         Between the first step and `FIRST_LAMBDA` there is nothing but noise, which needs no steps of its own; the
-        cosine schedule's last λ lie far below it, and would take a third of them.
+        cosine schedule's last λ lie far below it, and would use up a third of the steps.
         """
-        self.steps_of(steps)  # refuses what is no number of steps
+        self.steps_of(steps)  # refuses an impossible number of steps
         lambdas = self._lambdas()
         wanted = np.linspace(max(lambdas[-1], FIRST_LAMBDA), lambdas[0], steps)
         wanted[0] = lambdas[-1]
@@ -149,7 +149,7 @@ class GaussianDiffusion:
     def ddim_sample(
         self, model: Model, shape: Sequence[int], steps: int, eta: float = 0.0, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Images of a shape (B, C, H, W) out of noise, by `steps` of the T steps; η: how much noise they add, 0 … 1."""
+        """Images of a shape (B, C, H, W) out of noise, by `steps` of the T steps; η: the noise each adds, 0 … 1."""
         x, order = torch.randn(*shape, device=device), self.steps_of(steps)
         for i, t in enumerate(order):
             alpha_bar = self.alpha_bars[t]
@@ -168,9 +168,9 @@ class GaussianDiffusion:
     ) -> Tensor:
         """Images of a shape (B, C, H, W) out of noise, by DPM-Solver++(2M) over `steps` of the T steps; it ends at x̂_0.
 
-        With λ = log(√ᾱ / √(1 − ᾱ)) and h = λ_t − λ_s from step s to the next, t, r = h before it / h:
+        With λ = log(√ᾱ / √(1 − ᾱ)) and h = λ_t − λ_s from step s to the next, t, r = the h before / h:
         x_t = √((1 − ᾱ_t) / (1 − ᾱ_s)) x_s + √ᾱ_t (1 − e^−h) D,   D = (1 + 1 / 2r) x̂_0(s) − 1 / 2r · x̂_0(before s).
-        Its steps are evenly spaced in λ: evenly in t the last h would be many times the others, and D far off.
+        Its steps are evenly spaced in λ: evenly in t the last h would be many times the others, and D inaccurate.
         """
         x, order = torch.randn(*shape, device=device), self.steps_even_in_lambda(steps)
         lambdas = self._lambdas()

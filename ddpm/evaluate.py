@@ -1,17 +1,17 @@
-"""How near are the samples to real digits, are they new, and what does a pixel cost?
+"""How near are the samples to real digits, are they new, and how many bits does a pixel cost?
 
     python ddpm/evaluate.py
     python ddpm/evaluate.py --samples runs/ddpm/sampling_ddim/samples.npz --out runs/ddpm/evaluate_ddim
 
 A small classifier, trained here on the training images, gives the features (features.py): the Fréchet distance of the
-samples to the test images stands beside the floor, the distance of as many real images that were held out. The
-classifier also says which classes the samples are of, how sure it is, and, where a class was asked for, whether they
-are it. Precision and recall say whether it is quality or variety that is missing.
+samples to the test images stands beside the floor, the distance of as many held-out real images. The classifier also
+says which classes the samples are of, how sure it is, and, where a class was asked for, whether it was drawn. Precision
+and recall say whether it is quality or variety that is missing.
 
 Are they copies? Each sample's nearest training image stands beside it (nearest.png), with the distances of test images
-to theirs for comparison. And on noisy images the network is held against the best denoiser of the training set, a
-memoriser (memoriser.py): a network that learned by heart would come near to it on training images and leave it behind
-on none. The variational bound says how many bits a pixel of a test image costs at most (likelihood.py).
+to theirs for comparison. And on noisy images the network is compared with the best denoiser of the training set, a
+memoriser (memoriser.py): a network that learned by heart would come near to it on training images, and be no better on
+others. The variational bound says how many bits a pixel of a test image costs at most (likelihood.py).
 
 Writes classes.png, nearest.png, loss_by_level.png, metrics.json. Model: train_ddpm.py; samples: sampling.py.
 Sources: Heusel et al. 2017; Kynkäänniemi et al. 2019; Ho, Jain and Abbeel 2020; Karras et al. 2022.
@@ -47,9 +47,9 @@ def build_parser():
     parser = make_parser(__doc__, quick=quick)
     add_data_flags(parser)
     parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train_ddpm.py's ema.pth)")
-    parser.add_argument("--samples", metavar="FILE", help="what sampling.py drew (default: its own samples.npz)")
+    parser.add_argument("--samples", metavar="FILE", help="what sampling.py wrote (default: its samples.npz)")
     parser.add_argument("--epochs", type=positive_int, default=5, help="of the classifier")
-    parser.add_argument("--compared", type=positive_int, default=2000, help="images whose nearest is looked for")
+    parser.add_argument("--compared", type=positive_int, default=2000, help="images whose nearest neighbour is found")
     parser.add_argument("--level-images", type=positive_int, default=200, help="images at each noise level")
     parser.add_argument("--bound-images", type=positive_int, default=500, help="test images whose bound is computed")
     return parser
@@ -161,7 +161,7 @@ def losses_at_levels(
     def loss(denoiser: Model, x0: torch.Tensor, step: int) -> float:
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(step)).to(device)
         t = torch.full((len(x0),), step, device=device)
-        # Of x_0 rather than of ε or v, so that all are compared in one unit, which is that of the pixels.
+        # The error of x̂_0 rather than of ε or v, so that all are compared in one unit, that of the pixels.
         x_t = diffusion.q_sample(x0, t, noise)
         return (diffusion.denoised(denoiser, x_t, t) - x0).square().mean().item()
 

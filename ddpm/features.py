@@ -1,11 +1,11 @@
-"""A small classifier trained here, and the space of its last layer but one, in which images are compared.
+"""A small classifier trained here, and its penultimate layer, in whose features images are compared.
 
     Fréchet distance of two sets with means μ and covariances Σ of their features
         |μ₁ − μ₂|² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½),    (Σ₁ Σ₂)^½ from the eigenvalues of Σ₁^½ Σ₂ Σ₁^½
 
-It is 0 for the same Gaussians, and above 0 for any two finite samples: say how many images, and the distance of as many
-real ones (the floor), beside it. Precision: the part of the samples that lie within the k-th neighbour's distance of
-some real image; recall: the part of the real images that lie so near to a sample.
+It is 0 for equal Gaussians, but above 0 for any two finite samples: state the number of images, and the distance of as
+many real ones (the floor), beside it. Precision: the fraction of the samples that lie as near to some real image as its
+k-th real neighbour; recall: the same with samples and real images exchanged.
 
 Sources: Heusel et al. 2017 (the distance, with another network); Kynkäänniemi et al. 2019 (precision and recall).
 Shapes: N images uint8 (N, C, H, W), D features.
@@ -54,7 +54,7 @@ class Classifier(nn.Module):
 def trained(
     part: Part, n_classes: int, epochs: int, seed: int, device: torch.device, batch_size: int = 128
 ) -> Classifier:
-    """A classifier of the part's images in evaluation mode; AdamW, its rate along one cycle, in bfloat16."""
+    """A classifier of the part's images in evaluation mode; AdamW with a one-cycle learning rate, in bfloat16."""
     torch.manual_seed(seed)
     model = Classifier(part.x.shape[1], n_classes).to(device, memory_format=torch.channels_last).train()
     peak = 5e-3
@@ -107,7 +107,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 def frechet_error(a: np.ndarray, b: np.ndarray, blocks: int = 10) -> float:
     """The standard error of `frechet_distance(a, b)` from one draw of a (N, D) to the next.
 
-    By the jackknife, which leaves out one of `blocks` blocks of a's rows at a time; N of at least 3 times as many.
+    By the jackknife, which leaves out one of `blocks` blocks of a's rows at a time; N should be 3 `blocks` or more.
     Source: Efron and Stein 1981.
     """
     rows = np.arange(len(a))
@@ -121,7 +121,7 @@ def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def covered(points: np.ndarray, balls: np.ndarray, k: int = 3) -> float:
-    """The part of `points` (N, D) within the distance of some of `balls` (M, D) to its k-th neighbour among `balls`.
+    """The fraction of `points` (N, D) as near to one of `balls` (M, D) as that one's k-th neighbour among `balls`.
 
     Samples in the balls of real images: precision. Real images in the balls of samples: recall. Errors: `ValueError`
     when there are k balls or fewer.
@@ -135,7 +135,7 @@ def covered(points: np.ndarray, balls: np.ndarray, k: int = 3) -> float:
 
 
 def nearest(x: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of each image of x uint8 (N, …) the distance to the nearest of `others` (M, …), and which it is: (N,) each.
+    """For each image of x uint8 (N, …) the distance to the nearest of `others` (M, …), and which it is: (N,) each.
 
     The distance is that of the pixels, black 0 and white 1.
     """

@@ -3,12 +3,12 @@
     python ddpm/fid_vs_steps.py --amp
     python ddpm/fid_vs_steps.py --steps 5 10 20 --n 10000 --without-ddpm --amp --out runs/ddpm/fid_few_steps
 
-The same network, the same number of images, and at each number of steps DPM-Solver++ and DDIM, each at its usual steps
-(DDIM's are even in t, the solver's in λ: diffusion.py), and DDIM with as much noise as DDPM adds (η = 1), which undoes
-errors of the steps before; DDPM itself, which takes all steps, beside them once. Each point is the Fréchet distance of
-`--n` samples to the test images in the features of a classifier trained here (features.py), its standard error, and the
-seconds that drawing them took. The distance falls with the number of images, of real ones too: the floor is that of as
-many images that were held out.
+The same network draws as many images with each number of steps of DPM-Solver++ and DDIM, each at its usual ones (DDIM's
+are even in t, DPM-Solver++'s in λ: diffusion.py), and of DDIM with as much noise as DDPM adds (η = 1), which undoes
+errors of earlier steps; and once with DDPM itself, which takes all steps. Each point is the Fréchet distance of `--n`
+samples to the test images in the features of a classifier trained here (features.py), its standard error, and the
+seconds that drawing them took. The distance falls as the number of images grows, even for real ones: the floor is that
+of as many held-out images.
 
 Writes fid_vs_steps.png, last.pth (the classifier), history.csv, metrics.json. Model: train_ddpm.py.
 With --resume a study that was stopped goes on where it was, with the same classifier.
@@ -46,8 +46,8 @@ def build_parser():
     add_data_flags(parser)
     parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train_ddpm.py's ema.pth)")
     parser.add_argument("--steps", type=positive_int, nargs="+", default=[10, 20, 50, 100, 250], help="of the solvers")
-    parser.add_argument("--n", type=positive_int, default=2000, help="images of each point")
-    parser.add_argument("--without-ddpm", action="store_true", help="leave out the one that takes all steps")
+    parser.add_argument("--n", type=positive_int, default=2000, help="images drawn for each point")
+    parser.add_argument("--without-ddpm", action="store_true", help="leave out DDPM, which takes all steps")
     parser.add_argument("--epochs", type=positive_int, default=5, help="of the classifier")
     parser.add_argument("--batch-size", type=positive_int, default=250, help="images drawn together")
     add_amp(parser, "draw in bfloat16")
@@ -94,7 +94,7 @@ def main(argv=None) -> dict:
 
 
 def judge(args: argparse.Namespace, run: Run, data: Data, model: str, device: torch.device) -> Classifier:
-    """The classifier whose features are compared: trained, or the one that a study of this model goes on with."""
+    """The classifier whose features are compared: trained, or, with --resume, that of the stopped study."""
     path, about = run.path("last.pth"), {"model": model}
     if args.resume and path.exists():
         classifier = Classifier(data.train.x.shape[1], len(data.classes)).to(device, memory_format=torch.channels_last)
@@ -109,7 +109,8 @@ def judge(args: argparse.Namespace, run: Run, data: Data, model: str, device: to
 def findings(rows: list[dict]) -> dict:
     """DDPM's distance, or the best where it was left out, and how the others compare with it.
 
-    near: each one's fewest steps within 15 %. ratio_of_50: the distance at 50 steps, over it. best_ratio: the least.
+    near: each sampler's fewest steps within 15 % of it. ratio_of_50: its distance at 50 steps, as a multiple of that.
+    best_ratio: the smallest such multiple.
     """
     all_steps = [row for row in rows if row["sampler"] == DDPM]
     measure = all_steps[0] if all_steps else min(rows, key=lambda row: row["frechet"])

@@ -1,6 +1,6 @@
 """Images as the diffusion sees them: of all shades, in [−1, 1].
 
-The first images of the training set train, the last `--val-size` of them are held out. Shapes: N images (N, C, H, W).
+The first images of the training set are trained on, the last `--val-size` are held out. Shapes: N images (N, C, H, W).
 """
 
 import argparse
@@ -13,7 +13,7 @@ from torch import Tensor
 from shared_utils.cli import UserError, positive_int
 from shared_utils.data import load_images
 
-FEWEST = 10  # images of a part
+FEWEST = 10  # images in a part, at least
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Data:
 def add_data_flags(parser: argparse.ArgumentParser) -> None:
     """The flag that `load` reads beside those of `make_parser`."""
     parser.add_argument(
-        "--val-size", type=positive_int, help="training images held out, the last of them (default: a sixth)"
+        "--val-size", type=positive_int, help="how many of the last training images are held out (default: a sixth)"
     )
 
 
@@ -55,7 +55,7 @@ def load(args: argparse.Namespace) -> Data:
     cut = len(train) - held_out
     if min(held_out, cut) < FEWEST:
         raise UserError(
-            f"--val-size {held_out}: of {train.title}'s {len(train)} images {FEWEST} or more are held out, and learned"
+            f"--val-size {held_out}: of {train.title}'s {len(train)} images hold out {FEWEST} or more, leave {FEWEST}"
         )
     first, last = Part(train.x[:cut], train.y[:cut]), Part(train.x[cut:], train.y[cut:])
     return Data(first, last, Part(test.x, test.y), train.classes, train.title)

@@ -3,8 +3,8 @@
     L = KL(q(x_T | x_0) ‖ N(0, I))  +  Σ_{t>1} KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t))  −  log p(x_0 | x_1)
 
 p(x_{t−1} | x_t) is the posterior at x̂_0, with the same variance β̃_t, so that the terms of the sum are
-|μ̃(x_0) − μ̃(x̂_0)|² / 2β̃_t. The last is the probability that N(x̂_0, β̃_2) gives the pixel's own shade of 256 (all
-beyond the darkest and the brightest counts as them).
+|μ̃(x_0) − μ̃(x̂_0)|² / 2β̃_t. The last takes the probability that N(x̂_0, β̃_2) gives the pixel's own shade of 256 (the
+tails beyond the darkest and the brightest count as theirs).
 Sources: Ho, Jain and Abbeel 2020, section 3.3; Nichol and Dhariwal 2021 (β̃_2 in place of β̃_1 = 0).
 Shapes: B images (B, C, H, W), D = C H W pixels.
 """
@@ -38,7 +38,7 @@ def last_term(diffusion: GaussianDiffusion, model: Model, x0: Tensor, noise: Ten
     mean = diffusion.denoised(model, diffusion.q_sample(x0, t, noise), t)
     _, variance = diffusion.posterior(x0, x0, t + 1)
     off, sigma = ((x0 - mean).cpu().double(), variance.cpu().double().sqrt())  # float64 is not on every device
-    # On the side of the mean where both ends are probable to be below it: there the tail keeps its digits.
+    # Mirrored so that the shade lies below the mean: in the lower tail float64 keeps its digits.
     side, shade = torch.where(off > 0, -1.0, 1.0), x0.cpu()
     low, high = ((side * off + end / 255) / sigma for end in (-1, 1))
     low = low.masked_fill((side * shade).lt(-0.999), -torch.inf)
@@ -51,7 +51,7 @@ def last_term(diffusion: GaussianDiffusion, model: Model, x0: Tensor, noise: Ten
 def bits_per_dimension(diffusion: GaussianDiffusion, model: Model, x0: Tensor, strata: int = 50) -> dict[str, float]:
     """The bound's parts, their sum and its standard error, bits per pixel: images x0, noise from torch's generator.
 
-    Of the steps above the first, each image gets one from each of `strata` equal ranges, which stands for the range.
+    Of the steps above the first, each image draws one in each of `strata` equal ranges, which stands for all in it.
     """
     steps, edges = torch.zeros(len(x0), device=x0.device), torch.linspace(1, diffusion.timesteps, strata + 1)
     for low, high in zip(edges[:-1].round().long().tolist(), edges[1:].round().long().tolist(), strict=True):

@@ -1,11 +1,11 @@
-"""The best denoiser of the training set, in closed form: what a network would become that fitted it perfectly.
+"""The best denoiser of the training set, in closed form: what a network that fitted it perfectly would become.
 
 If the images were the N training images x_i alone, the expected image behind x_t would be their mean, weighted by how
-likely each of them gives x_t:
+likely each of them is to have given x_t:
 
     E[x_0 | x_t] = Σ_i w_i x_i,    w = softmax_i(−|x_t − √ᾱ_t x_i|² / 2(1 − ᾱ_t))
 
-No model has a smaller loss on noisy training images. It draws nothing but training images; on others it is at a loss.
+No model has a smaller loss on noisy training images. Sampling with it gives nothing but these; on others it fails.
 Source: Karras et al. 2022, arXiv 2206.00364, appendix B.3. Shapes: N images uint8 (N, C, H, W), D = C H W pixels.
 """
 
@@ -18,7 +18,7 @@ from ddpm.inputs import scaled
 
 
 def memoriser(diffusion: GaussianDiffusion, x: np.ndarray, device: torch.device | str = "cpu") -> Model:
-    """(x_t, t) → what a model that knows these images, and no others, says: ε or v, as the diffusion asks."""
+    """(x_t, t) → what a model that knows these images, and no others, predicts: ε or v, as the diffusion asks."""
     known = scaled(torch.from_numpy(x).to(device)).flatten(1)  # (N, D)
     squares = known.square().sum(1)  # (N,)
 

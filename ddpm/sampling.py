@@ -4,16 +4,16 @@
     python ddpm/sampling.py --sampler ddpm --n 64 --out runs/ddpm/sampling_ddpm
     python ddpm/sampling.py --ckpt runs/ddpm/train_conditional/ema.pth --label 7 --guidance 2 --out runs/ddpm/sevens
 
-Noise goes in, and the trained network takes it away step by step: by all T steps of DDPM, which draw noise anew each
-time, or by fewer, larger ones of DDIM or DPM-Solver++ (diffusion.py). denoising.png follows some images through all T
+Noise goes in, and the trained network takes it away step by step: in all T steps of DDPM, each of which adds new noise,
+or in fewer, larger ones of DDIM or DPM-Solver++ (diffusion.py). denoising.png follows some images through all T
 steps of DDPM: above x_t, below the image x̂_0 that the network sees in it, first the mean of many digits, then one.
-noising.png shows the way there: what the schedule leaves of an image.
+noising.png shows the other direction: what each schedule leaves of an image.
 
 With `--label` a conditional model draws one class (without, it draws each equally often). `--guidance w` goes further
-than the class alone asks: ε = ε_none + w (ε_label − ε_none), so that 1 is no guidance at all and 0 no class.
+in the class's direction: ε = ε_none + w (ε_label − ε_none), so that 1 is no guidance at all and 0 no class.
 
 Writes ddpm_sample.png, denoising.png, noising.png, samples.npz, metrics.json. In samples.npz, for other experiments:
-`images` uint8 (N, H, W), `labels` int64 (N,), −1 where none was asked for, `model`, which drew them. Model:
+`images` uint8 (N, H, W), `labels` int64 (N,), −1 where none was asked for, `model`, a hash of the weights. Model:
 train_ddpm.py.
 Sources: Ho, Jain and Abbeel 2020; Song, Meng and Ermon 2021; Lu et al. 2022; Ho and Salimans 2022 (guidance).
 Shapes: B images of a batch (B, C, H, W), t int64 (B,).
@@ -60,11 +60,11 @@ def build_parser():
     parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train_ddpm.py's ema.pth)")
     parser.add_argument("--sampler", choices=tuple(DEFAULT_STEPS), default="dpm", help="how to go from noise to image")
     parser.add_argument("--steps", type=positive_int, help="of the sampler (default: ddpm all, ddim 50, dpm 20)")
-    parser.add_argument("--eta", type=fraction, default=0.0, help="how much noise DDIM's steps add, 1 as DDPM's")
+    parser.add_argument("--eta", type=fraction, default=0.0, help="how much noise DDIM's steps add; 1: as DDPM's")
     parser.add_argument("--n", type=positive_int, default=10_000, help="images to draw")
     parser.add_argument("--batch-size", type=positive_int, default=250, help="images drawn together")
     parser.add_argument("--label", type=non_negative_int, help="the class to draw (default: each equally often)")
-    parser.add_argument("--guidance", type=non_negative_float, default=1.0, help="w; 1: none")
+    parser.add_argument("--guidance", type=non_negative_float, default=1.0, help="weight w; 1: no guidance")
     add_amp(parser, "compute in bfloat16")
     return parser
 
@@ -131,7 +131,7 @@ def wanted_labels(n: int, n_classes: int | None, label: int | None) -> np.ndarra
 
 
 def guided(model: UNet, labels: Tensor | None, guidance: float) -> Model:
-    """(x_t, t) → what the model says for these labels (B,), moved away from what it says without, or just without."""
+    """(x_t, t) → the prediction for these labels (B,), moved away from that without any, or just that without any."""
     if labels is None or guidance == 0:
         return model
     if guidance == 1:
@@ -225,7 +225,7 @@ def draw_denoising(moments: list[int], noisy: np.ndarray, clean: np.ndarray):
 
 
 def draw_noising(diffusion: GaussianDiffusion, x: Tensor, seed: int):
-    """One image (1, C, H, W) under both schedules, with as many steps as the diffusion has, and its part ᾱ."""
+    """One image (1, C, H, W) under both schedules, in as many steps as the diffusion's, and its share ᾱ of variance."""
     torch.manual_seed(seed)
     moments = diffusion.steps_of(MOMENTS)[::-1]
     t = torch.tensor(moments)

@@ -1,22 +1,22 @@
-"""How does a network learn to take noise out of images, and at which noise is it hard?
+"""How does a network learn to take noise out of images, and at which noise levels is that hard?
 
     python ddpm/train_ddpm.py --prediction v --schedule cosine --optimizer muon --amp
     python ddpm/train_ddpm.py --conditional --out runs/ddpm/train_conditional
     torchrun --nproc_per_node 2 ddpm/train_ddpm.py --amp
 
-Each update takes images, adds to each the noise of a step drawn for it, and lowers the mean squared error of what the
-UNet says about it (diffusion.py, unet.py) with AdamW, its rate along one cycle. `--optimizer muon` takes orthogonal
+Each update takes images, adds to each the noise of a step drawn for it, and lowers the mean squared error of the UNet's
+prediction (diffusion.py, unet.py) with AdamW and a one-cycle learning rate. `--optimizer muon` takes orthogonalised
 steps in the convolutions between the first and the last, at `--muon-lr`, and leaves the rest to AdamW
-(shared_utils/muon.py). Samples are drawn from a mean of the weights over the updates, which moves after them (EMA):
+(shared_utils/muon.py). Samples are drawn with the mean weights, an exponential moving average (EMA) over updates n:
 
     w̄ ← d w̄ + (1 − d) w,   d = min(--ema, (1 + n) / (10 + n))
 
-With `--conditional` the network is also told the digit, but for a part of the images: so it learns the distribution
-with and without, which sampling.py's --guidance plays off against each other. After each epoch the mean weights' loss
-is measured on images held out, at steps spread over all T, each image with a noise of its own that stays the same;
-none is told its digit.
-Where it is hard depends on what is asked: ε is hardest to tell where there is little of it, v also where hardly
-anything else is left.
+With `--conditional` the network is also told the digit, except for a fraction of the images: so it learns both the
+conditional and the unconditional distribution, for sampling.py's --guidance. After each epoch the mean weights' loss is
+measured on held-out images, at steps spread over all T, each image with a noise of its own that stays the same, and
+without its digit.
+Where that is hard depends on what is predicted: ε is hardest where there is little of it, v also where there is hardly
+anything else.
 
 Writes ema.pth, last.pth, loss_plot.png, history.csv, metrics.json, and samples_epoch_NNN as pictures.
 With --resume a run that was stopped goes on from its last whole epoch and ends with the same weights.
@@ -59,16 +59,16 @@ def build_parser():
     add_data_flags(parser)
     parser.add_argument("--timesteps", type=positive_int, default=1000, help="steps from image to noise, 50 or more")
     parser.add_argument("--schedule", choices=SCHEDULES, default="linear", help="how the noise grows with the step")
-    parser.add_argument("--prediction", choices=PREDICTIONS, default="eps", help="what the network says")
+    parser.add_argument("--prediction", choices=PREDICTIONS, default="eps", help="what the network predicts")
     parser.add_argument("--channels", type=positive_int, nargs=2, default=[64, 96], help="at 14×14 and at 7×7")
     parser.add_argument("--conditional", action="store_true", help="tell the network the class")
-    parser.add_argument("--drop-label", type=fraction, default=0.1, help="part of the images that go without theirs")
+    parser.add_argument("--drop-label", type=fraction, default=0.1, help="fraction of the images without their label")
     parser.add_argument("--epochs", type=positive_int, default=20, help="passes through the training images")
     parser.add_argument("--batch-size", type=positive_int, default=128, help="images per update")
-    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of the convolutions")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of the inner convolutions")
     parser.add_argument("--lr", type=positive_float, default=2e-3, help="AdamW's highest learning rate")
-    parser.add_argument("--muon-lr", type=positive_float, default=0.02, help="Muon's, in units of singular values")
-    parser.add_argument("--ema", type=fraction, default=0.999, help="how much of the mean weights an update leaves")
+    parser.add_argument("--muon-lr", type=positive_float, default=0.02, help="Muon's highest, in singular-value units")
+    parser.add_argument("--ema", type=fraction, default=0.999, help="decay of the mean weights")
     parser.add_argument("--val-images", type=positive_int, default=2000, help="held-out images in each epoch's loss")
     parser.add_argument("--sample-every", type=positive_int, default=5, help="epochs between two pictures of samples")
     add_amp(parser)
@@ -97,7 +97,7 @@ def train(args: argparse.Namespace, world: World) -> dict:
             f"--val-images {args.val_images}: the loss is measured at {LEVELS} levels, with images for each"
         )
     if args.conditional and not args.drop_label:
-        raise UserError("--drop-label 0: the network is also asked without a label, and has to learn that")
+        raise UserError("--drop-label 0: the network is also used without labels, and has to learn that")
     diffusion = GaussianDiffusion(args.timesteps, args.schedule, args.prediction)
     seed_everything(args.seed)
     _, channels, size, width = data.train.x.shape
@@ -112,7 +112,7 @@ def train(args: argparse.Namespace, world: World) -> dict:
     ddp = wrap(model, world)
     network = torch.compile(ddp) if args.compile else ddp  # what is trained; `model` holds its weights
     optimizers = make_optimizers(model, args)
-    per_epoch = len(x) // args.batch_size  # what is left over waits for another epoch's order
+    per_epoch = len(x) // args.batch_size  # the incomplete batch is left out; each epoch shuffles anew
     updates = args.epochs * per_epoch
     losses, levels = torch.zeros(updates), torch.zeros(args.epochs, LEVELS)
     first, seconds = 0, 0.0
@@ -178,7 +178,7 @@ def make_optimizers(model: UNet, args: argparse.Namespace) -> list[torch.optim.O
     of_muon = {id(p) for p in within} if args.optimizer == "muon" else set()
     rest = [p for p in model.parameters() if id(p) not in of_muon]
     optimizers = [torch.optim.AdamW([{"params": rest, "peak": args.lr}], betas=(0.9, 0.99), fused=True)]
-    if of_muon:  # its convolutions begin at 0 where a block ends, so their norms are free
+    if of_muon:  # a block's last convolution starts at 0, so that no norm can be held
         optimizers.append(Muon([{"params": within, "peak": args.muon_lr}], args.muon_lr, momentum=0.9, hold_norm=False))
     return optimizers
 
@@ -193,9 +193,9 @@ def update_loss(
     args: argparse.Namespace,
     world: World,
 ) -> Tensor:
-    """The mean loss of this process's part of a batch; steps, noise and labels left out are drawn for all of it.
+    """The mean loss of this process's part of a batch; steps, noise and dropped labels are drawn for all of it.
 
-    n_classes: None where the network is told no class; else it is the label of none.
+    n_classes: None where the network is told no class; else also the label that stands for none.
     """
     at = torch.from_numpy(shard(np.arange(len(batch)), world)).to(x.device)
     chosen = torch.from_numpy(batch).to(x.device)
@@ -235,7 +235,7 @@ def losses_by_level(
 
 
 def draw_samples(diffusion: GaussianDiffusion, model: UNet, args: argparse.Namespace, epoch: int):
-    """A grid of samples of the mean weights, always from the same noise."""
+    """A grid of samples drawn with the mean weights, always from the same noise."""
     device = next(model.parameters()).device
     torch.manual_seed(args.seed)
     shape = (GRID**2, model.config["image_channels"], model.config["size"], model.config["size"])

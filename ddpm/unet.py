@@ -1,4 +1,4 @@
-"""The network that sees a noisy image and the step it is at, and says which noise is in it.
+"""The network that sees a noisy image and the step it is at, and predicts the noise in it, or v.
 
     image ─ 2×2 pixels to 4 channels ─ conv ─ block ─┬───────────────────────────── block ─ conv ─ back to pixels
             (28×28 → 14×14)                          └ conv, stride 2 ─ block ─┬ … ┬─ block ─ twice as large ┘
@@ -7,9 +7,9 @@
     block      x ↦ skip(x) + conv(silu(norm(conv(silu(norm(x))) + W · time)))
     time       sines and cosines of t, then two layers; the class's embedding is added to it
 
-To rearrange 2×2 pixels as channels first makes the largest pictures a quarter as large, and the same weights cost a
-quarter. On the way up a block also sees what the block of the same size gave on the way down. The last convolution of
-each block and of the network begins at 0: the blocks begin as no change at all, and the network answers 0.
+Rearranging 2×2 pixels as channels first makes the largest feature maps a quarter as large, and the same weights cost a
+quarter of the time. On the way up a block also sees the output of the block of the same size on the way down. The last
+convolution of each block and of the network starts at 0: each block starts as its skip(x), the network's output as 0.
 
 Sources: Ronneberger et al. 2015; Ho, Jain and Abbeel 2020; Shi et al. 2016 (pixel shuffle); Hoogeboom et al. 2023 (as
 the first layer of a diffusion); Ho and Salimans 2022 (the class that is none).
@@ -49,7 +49,7 @@ class Norm(nn.GroupNorm):
 
 
 class Block(nn.Module):
-    """Two convolutions at the image's size, the time between them: (B, c_in, H, W) → (B, c_out, H, W)."""
+    """Two convolutions that keep the size, the time added between them: (B, c_in, H, W) → (B, c_out, H, W)."""
 
     def __init__(self, c_in: int, c_out: int, width: int):
         super().__init__()
@@ -67,7 +67,7 @@ class Block(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every position of a small image looks at all others: (B, c, H, W) → the same."""
+    """Every position of a small image attends to all others: (B, c, H, W) → the same."""
 
     def __init__(self, channels: int, head_width: int = 32):
         super().__init__()
@@ -89,8 +89,8 @@ class SelfAttention(nn.Module):
 class UNet(nn.Module):
     """Noisy images (B, C, S, S), steps (B,), and labels if it knows classes → ε, or v, as the images.
 
-    channels: at half and at a quarter of the image's size, multiples of 32. n_classes: None for no classes; else label
-    n_classes stands for none, and so does no label. Errors: `UserError` for an image that cannot be halved twice.
+    channels: at half and at a quarter of the image's size, multiples of 32. n_classes: None for no classes; else the
+    label n_classes stands for none, as does labels=None. Errors: `UserError` for an image that cannot be halved twice.
     """
 
     def __init__(

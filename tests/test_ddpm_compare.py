@@ -108,7 +108,7 @@ def test_other_images_get_one_line(top, fails):
     path, given = top / "vae" / "train" / "metrics.json", [*GIVEN, "--runs-dir", top]
     before = path.read_text()
     path.write_text(before.replace("digits", "fashion"))
-    assert "--dataset digits: the VAE learned fashion" in fails(compare_vae, given, out)
+    assert "--dataset digits: the VAE was trained on fashion" in fails(compare_vae, given, out)
     path.write_text(before.replace("z_dim", "zdim"))
     assert "lacks z_dim: run `python vae/train.py`" in fails(compare_vae, given, out)
     path.write_text(before)

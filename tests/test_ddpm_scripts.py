@@ -157,7 +157,7 @@ def test_a_part_of_the_images_goes_without_its_label(monkeypatch):
     torch.manual_seed(0)
     world = train_ddpm.process_group("cpu").__enter__()
     order = np.random.default_rng(0).permutation(2000)
-    train_ddpm.update_loss(GaussianDiffusion(50), network, x, y, order, 12, args, world)  # none has the last two
+    train_ddpm.update_loss(GaussianDiffusion(50), network, x, y, order, 12, args, world)  # no image is a 10 or 11
     labels = seen[0]
     without = labels == 12
     assert without.float().mean().item() == pytest.approx(0.25, abs=0.04)
@@ -283,7 +283,7 @@ def test_mistakes_get_one_line(runs_dir, tmp_path, fails):
         (["--timesteps", 49], "50 steps or more, got 49"),
         (["--channels", 32, 33], "multiples of 32"),
         (["--val-size", 10**6], "--val-size 1000000"),
-        (["--val-size", 9], "10 or more are held out"),
+        (["--val-size", 9], "hold out 10 or more, leave 10"),
         (["--val-images", 9], "measured at 10 levels"),
         (["--conditional", "--drop-label", 0], "--drop-label 0"),
         (["--batch-size", 10**6], "--batch-size 1000000"),

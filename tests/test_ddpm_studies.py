@@ -116,7 +116,7 @@ def test_what_are_no_samples_gets_one_line(runs_dir, evaluated, tmp_path, fails)
         ("none", "no such file"),
     ):
         assert said in fails(evaluate, [*given, tmp_path / f"{name}.npz"], tmp_path / "out")
-    said = "was trained with --val-size 1200, not 300"  # the images held out here were learned there
+    said = "was trained with --val-size 1200, not 300"  # here the training images are not those that were learned there
     for script in (evaluate, fid_vs_steps):
         assert said in fails(script, [*given[:-1], "--val-size", 300], tmp_path / "out")
 

@@ -15,7 +15,7 @@ def small(**changes):
     network = UNet(**{"size": 12, "channels": (32, 32), **changes})
     for parameter in network.parameters():
         if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)  # what begins at 0 hides all that stands before it
+            torch.nn.init.normal_(parameter, std=0.1)  # a layer of zeros hides all that comes before it
     return network.eval()
 
 
@@ -26,7 +26,7 @@ def test_noise_has_the_shape_of_the_image(shape):
     x = torch.randn(3, channels, size, size)
     out = network(x, torch.tensor([0, 5, 999]), torch.tensor([0, 9, 10]))
     assert out.shape == x.shape
-    assert not out.any()  # it begins as no change
+    assert not out.any()  # the last convolution starts at 0
 
 
 def test_the_default_is_light():

@@ -17,7 +17,7 @@ from vae.model import VAE, kl_to_prior, load_model, log_bernoulli, log_normal, m
 
 
 def small(z_dim=2, x_dim=12, hidden=10, seed=0, scale=2.0):
-    """A model in float64 whose weights are large enough that the posterior is no prior."""
+    """A model in float64 whose weights are large enough that the posterior is not the prior."""
     torch.manual_seed(seed)
     model = VAE(x_dim, hidden, z_dim).double()
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_elbo_iwae_exact_are_in_this_order_and_meet(z_dim):
     for lower, upper in itertools.pairwise(bounds):
         difference = upper - lower
         assert difference.mean() > -3 * difference.std() / math.sqrt(len(x))
-    assert bounds[-1].mean() - bounds[0].mean() > 0.05  # or the order would be no news
+    assert bounds[-1].mean() - bounds[0].mean() > 0.05  # otherwise the order would prove nothing
     assert abs((bounds[-2] - exact).mean()) < 0.02
 
 

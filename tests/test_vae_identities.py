@@ -39,7 +39,7 @@ def loaded(runs_dir):
 def test_the_best_weights_are_those_of_the_highest_validation_bound(tmp_path, monkeypatch, data):
     monkeypatch.setattr(train, "VALIDATE_EVERY", 2)
     flags = ["--epochs", "15", "--lr", "0.3", "--schedule", "constant", "--batch-size", "50", "--out", str(tmp_path)]
-    metrics = train.main([*SAME, *flags])  # so high a rate that the last weights are not the best
+    metrics = train.main([*SAME, *flags])  # a learning rate so high that the last weights are not the best
     rows = list(csv.DictReader((tmp_path / "history.csv").open()))
     elbo = [float(row["val_reconstruction"]) - float(row["val_kl"]) for row in rows]
     assert metrics["val_elbo"] == pytest.approx(max(elbo))

@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite_stops_the_fit():
 
 
 def hand_made(z_dim):
-    """A model of 2 pixels whose posterior means are the outputs of `encoder[0]`, all weights 0; its tanh is gone."""
+    """A model of 2 pixels whose encoder is one linear layer without tanh, all weights and biases 0."""
     model = VAE(2, 2, z_dim)
     model.encoder = torch.nn.Linear(2, 2 * z_dim)
     for parameter in model.parameters():

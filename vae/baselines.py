@@ -1,12 +1,12 @@
 """Three models of binary images whose likelihood is exact, fitted in closed form or by EM: what a VAE has to beat.
 
-    IndependentBernoulli    p(x) = Π_i p(x_i)                            no pixel knows of another
-    ChowLiuTree             p(x) = p(x_r) Π_{i≠r} p(x_i | x_parent(i))   the best of all trees: each pixel knows of one
+    IndependentBernoulli    p(x) = Π_i p(x_i)                            pixels are independent
+    ChowLiuTree             p(x) = p(x_r) Π_{i≠r} p(x_i | x_parent(i))   the best tree: each pixel depends on one other
     BernoulliMixture        p(x) = Σ_k π_k Π_i p(x_i | k)                a discrete latent with K values
 
 Each has `fit(x)`, `log_likelihood(x)` in nats per image, float64 (N,), and `sample(n, rng)`, uint8 (n, D) of 0 and 1.
 Images are (N, D), of 0 and 1 in any dtype; others are refused with `ValueError`. A count of zero must not become a
-probability of zero, which no image could ever make good: all counts are smoothed, each class says how.
+probability of zero, under which some images would be impossible: all counts are smoothed, each class says how.
 Shapes: N images, D pixels, K components.
 """
 
@@ -26,7 +26,7 @@ class IndependentBernoulli:
 
     @property
     def parameters(self) -> int:
-        """Free ones: a probability for each pixel."""
+        """Number of free parameters: a probability for each pixel."""
         return len(self.p)
 
     def log_likelihood(self, x: np.ndarray) -> np.ndarray:
@@ -40,13 +40,13 @@ class IndependentBernoulli:
 
 
 class ChowLiuTree:
-    """The tree of pixels, each given its parent, under which the training images are the most probable of all trees.
+    """The tree, each pixel given its parent, under which the training images are more probable than under any other.
 
     With the mutual information of two pixels under the smoothed frequencies P,
 
         I_ij = Σ_{u,v} P(x_i = u, x_j = v) log [ P(x_i = u, x_j = v) / P(x_i = u) P(x_j = v) ],
 
-    and each conditional as counted, the mean log-likelihood of a tree is
+    and each conditional taken from P, the mean log-likelihood of a tree under P is
 
         Σ_i E log P(x_i | x_parent(i)) = −Σ_i H(x_i) + Σ_{i≠r} I_{i parent(i)}.
 
@@ -55,7 +55,7 @@ class ChowLiuTree:
     Half an image is added to each of the four counts of a pair: one image of 0 and one of 1 to each pixel, as in
     `IndependentBernoulli`, whose p_i are this model's marginals.
 
-    After `fit`: `order` (D,), each parent before its children; `parent` (D,), the root its own; `log_conditional`
+    After `fit`: `order` (D,), each parent before its children; `parent` (D,), the root being its own; `log_conditional`
     (D, 2, 2), log P(x_i = v | x_parent(i) = u) at [i, u, v]; `edges` (D − 1, 2), parent and child.
     """
 
@@ -81,7 +81,7 @@ class ChowLiuTree:
 
     @property
     def parameters(self) -> int:
-        """Free ones: one probability for the root, two for each other pixel."""
+        """Number of free parameters: one probability for the root, two for each other pixel."""
         return 2 * len(self.parent) - 1
 
     def log_likelihood(self, x: np.ndarray) -> np.ndarray:
@@ -103,12 +103,12 @@ def maximum_spanning_tree(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Prim's algorithm on the complete graph with symmetric weights (D, D): (order (D,), parent (D,)), rooted at 0.
 
     The tree grows by the heaviest edge that leaves it. That edge is in some maximum spanning tree: adding it to one
-    that lacks it closes a cycle, which leaves the grown part by another edge, no heavier, that can go in its place.
+    that lacks it closes a cycle, which leaves the grown part by another edge, no heavier, that it can replace.
     O(D²). Sources: Jarník 1930; Prim 1957.
     """
     order, parent = [0], np.zeros(len(weights), dtype=np.intp)
     outside = np.arange(len(weights)) > 0
-    heaviest = weights[0].astype(np.float64)  # (D,): the best edge from the tree to each vertex outside, at `parent`
+    heaviest = weights[0].astype(np.float64)  # (D,): the best edge from each vertex outside to the tree, at `parent`
     for _ in range(len(weights) - 1):
         new = int(np.where(outside, heaviest, -np.inf).argmax())
         order.append(new)
@@ -121,7 +121,7 @@ def maximum_spanning_tree(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class BernoulliMixture:
     """K components, each with its own probability of a 1 at every pixel, fitted by expectation-maximisation (EM).
 
-    An image is drawn from component k with probability π_k, then each pixel for itself: p_ki. EM repeats
+    An image is drawn from component k with probability π_k, then each pixel on its own: p_ki. EM repeats
 
         E   r_nk = π_k p(x_n|k) / Σ_j π_j p(x_n|j)                      responsibilities: p(k|x_n)
         M   N_k = Σ_n r_nk,   π_k = (N_k + 1) / (N + K),   p_ki = (Σ_n r_nk x_ni + a m_i) / (N_k + a)
@@ -133,8 +133,8 @@ class BernoulliMixture:
         objective = Σ_n log p(x_n) + Σ_k log π_k + a Σ_ki [m_i log p_ki + (1 − m_i) log(1 − p_ki)].
 
     The prior is Dirichlet(2, …, 2) on π, one image added to each component, and Beta(1 + a m_i, 1 + a (1 − m_i)) on
-    p_ki: `pseudo_count` a average images added to each, m being the p of `IndependentBernoulli`. A prior that knows the
-    average costs less than one that adds as many ones as zeros: a pixel at the border is 0 in all components.
+    p_ki: a (`pseudo_count`) average images added to each, m being the p of `IndependentBernoulli`. A prior centred on
+    the average costs less than one that adds as many ones as zeros: a pixel at the border is 0 in all components.
     Source: Bishop 2006, section 9.3.3.
 
     After `fit`: `log_weights` (K,), log π; `p` (K, D); `log_likelihoods` and `objectives`, one number for each
@@ -153,8 +153,8 @@ class BernoulliMixture:
     def fit(self, x: np.ndarray, rng: np.random.Generator) -> "BernoulliMixture":
         """EM until an iteration raises the objective by less than `tolerance` nats per image. Returns itself.
 
-        Each component starts about halfway between an image of its own, drawn by rng, and the average one; not quite
-        halfway, as two components that start from equal images, and alike, would stay alike for ever.
+        Each component starts about halfway between an image of its own, drawn by rng, and the average one; not
+        exactly halfway, as two components that start from equal images would then stay equal for ever.
         Errors: `UserError` when there are fewer images than components.
         """
         x = _checked(x)
@@ -183,14 +183,14 @@ class BernoulliMixture:
 
     @property
     def parameters(self) -> int:
-        """Free ones: K D probabilities and K weights that sum to 1."""
+        """Number of free parameters: K D probabilities and K weights that sum to 1."""
         return self.p.size + self.components - 1
 
     def _expect(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The E-step: x float64 (N, D) → log p(x) (N,) and the responsibilities (N, K), whose rows sum to 1."""
         log_zero = np.log1p(-self.p)  # (K, D)
         joint = x @ (np.log(self.p) - log_zero).T + (log_zero.sum(1) + self.log_weights)  # (N, K): log π_k p(x|k)
-        largest = joint.max(1, keepdims=True)  # taken off before exp: e^−700 would be 0 for every component
+        largest = joint.max(1, keepdims=True)  # subtracted before exp, which could else be 0 for every component
         joint = np.exp(joint - largest)
         total = joint.sum(1, keepdims=True)
         return (largest + np.log(total))[:, 0], joint / total
@@ -218,6 +218,6 @@ def _checked(x: np.ndarray, width: int | None = None) -> np.ndarray:
         raise ValueError(f"the images must be of shape (N, {width or 'D'}), at least one, got {x.shape}")
     if not ((x == 0) | (x == 1)).all():
         raise ValueError(
-            "the images must be binary (0 or 1): a Bernoulli's likelihood of a grey pixel is no likelihood"
+            "the images must be binary (0 or 1): the Bernoulli formula gives no likelihood of a grey pixel"
         )
     return x.astype(np.float64)

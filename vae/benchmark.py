@@ -2,9 +2,9 @@
 
     python vae/benchmark.py
 
-Each is timed several times, the least counts. Beside it stands what its matrix products alone would take at the speed
-of one large product on this machine: the rest is element-wise work (tanh, softplus) and, for the small products of an
-update, the cost of getting to them.
+Each is timed several times; the shortest time counts. Beside it stands how long its matrix products alone would take at
+the speed of one large product on this machine: the rest is element-wise work (tanh, softplus) and, for the small
+products of an update, the overhead of the calls.
 
 Writes speed.png, metrics.json.
 Shapes: B batch, S samples of the latent, G grid points.
@@ -31,7 +31,7 @@ GRID_POINTS = 401
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None, quick={"repeats": 2, "images": 10})
-    parser.add_argument("--repeats", type=positive_int, default=10, help="times that each is measured")
+    parser.add_argument("--repeats", type=positive_int, default=10, help="how often each is measured")
     parser.add_argument("--images", type=positive_int, default=100, help="images whose bounds are computed")
     return parser
 
@@ -80,8 +80,8 @@ def main(argv=None) -> dict:
         return model.iwae_bound(some, K)
 
     n, grid = len(some), GRID_POINTS**2
-    # What is done, the call, its matrix products; a backward takes twice its forward, but for the first layer:
-    # nobody asks for the gradient of the images.
+    # Name, call, operations of its matrix products; a backward pass takes twice the forward's, except in the first
+    # layer: the gradient of the images is not needed.
     first = 2.0 * 100 * model.encoder[0].weight.numel()
     cases = [
         ("one large product", lambda: large @ large, 2.0 * 2048**3),

@@ -7,11 +7,11 @@ Each model minimises
 
     loss = β · R + D,    rate R = KL(q(z|x) ‖ p(z)),    distortion D = −E_q [log p(x|z)]
 
-and is measured by the bound itself, ELBO = −(R + D), which is β = 1. R says how many nats about the image the latents
-carry, D how many nats the image still costs when they are known. On the curve of the best models that the (R, D) plane
-allows, dD/dR = −β: a nat of rate is bought where it saves β nats of distortion or more. A small β buys detail that the
-prior does not cover: good reconstructions, poor samples. A large β leaves nothing worth its price: one latent after
-another gives the prior for every image (it is not active), until the decoder draws the mean image: collapse.
+and is evaluated by the bound itself, ELBO = −(R + D), which is β = 1. R says how many nats about the image the latents
+carry at most, D how many nats the image still costs when they are known. On the curve of the best attainable (R, D),
+dD/dR = −β: a nat of rate is spent where it saves β nats of distortion or more. A small β buys detail, but with latents
+that the prior rarely draws: good reconstructions, poor samples. At a large β nothing is worth its price: the posterior
+of one latent after another is the prior for every image (inactive), until the decoder draws the mean image: collapse.
 
 Writes beta_study.png, rate_distortion.png, samples_by_beta.png, history.csv, metrics.json.
 Sources: Higgins et al. 2017 for β; Alemi et al. 2018 for rate and distortion; Burda et al. 2016 for active latents.
@@ -87,7 +87,7 @@ def main(argv=None) -> dict:
 
 
 def findings(found: dict[float, list[dict]], table: dict[float, dict], z_dim: int) -> dict:
-    """The β of the highest bound on the validation images, the first that leaves a latent unused or none active.
+    """The β of the highest validation bound, the first that leaves a latent unused, the first from which all are.
 
     found: β in rising order → the measured terms of each seed. None stands for "at no β here".
     """
@@ -141,7 +141,7 @@ def draw_curves(found: dict, outcome: dict, z_dim: int, about: str):
 
 
 def draw_plane(table: dict, outcome: dict, about: str):
-    """Distortion against rate, a point for the seeds' mean at each β, over lines of one ELBO."""
+    """Distortion against rate, a point for the seeds' mean at each β, over lines of equal ELBO."""
     figure, axes = new_figure(width=8, height=6)
     ax = axes[0, 0]
     rate, distortion = [row["kl"] for row in table.values()], [-row["reconstruction"] for row in table.values()]

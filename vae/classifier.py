@@ -1,7 +1,7 @@
 """A small classifier of binary 14×14 digits, trained on real ones, to judge the samples of a model.
 
-Three 3×3 convolutions with batch normalisation, two poolings, one hidden layer; AdamW, its rate along one cycle. Every
-training image is bent a little, and differently each time it is seen: without that, longer training gains nothing.
+Three 3×3 convolutions with batch normalisation, two poolings, one hidden layer; AdamW with a one-cycle learning rate.
+Every training image is distorted a little, differently each time it is seen: else longer training gains nothing.
 Shapes: N images, B batch, K classes; images of 0 and 1, (N, 196), (N, 14, 14) or (N, 1, 14, 14).
 """
 
@@ -17,9 +17,9 @@ BATCH, PEAK = 50, 1e-2  # images per update, highest learning rate
 
 
 def bent(x: Tensor, rng: np.random.Generator, amount: float = 0.09, shift: float = 0.5) -> Tensor:
-    """Each image of x (B, 1, H, W) under its own random linear map, moved by up to `shift` pixels, binary again.
+    """Each image of x (B, 1, H, W) under its own random linear map, moved by up to `shift` pixels, binarised again.
 
-    The map is I + `amount` ε, ε ~ N(0, 1) in each of its four entries: it turns, scales and shears at once.
+    The map is I + `amount` ε, ε ~ N(0, 1) in each of its four entries: it rotates, scales and shears at once.
     """
     maps = np.zeros((len(x), 2, 3), dtype=np.float32)  # from an output's position, in [−1, 1]², to the input's
     maps[:, :, :2] = np.eye(2) + amount * rng.standard_normal((len(x), 2, 2))
@@ -53,7 +53,7 @@ def train_classifier(
 ) -> nn.Module:
     """Train on images x (of 0 and 1) and labels y (N,), whole numbers below n_classes; returns it in evaluation mode.
 
-    The order of the images and how they are bent come from rng, the first weights from PyTorch's generator.
+    The order of the images and how they are bent come from rng, the initial weights from PyTorch's generator.
     Errors: `ValueError` when the images are not binary or not 14×14.
     """
     x, y = _images(x).to(device), torch.as_tensor(y).to(device)

@@ -1,4 +1,4 @@
-"""How good is the autoencoder: what likelihood does it give unseen digits, and do its own digits look like some?
+"""How good is the autoencoder: what likelihood does it give unseen digits, and do its samples look like digits?
 
     python vae/evaluate.py
     python vae/evaluate.py --ckpt runs/vae/train_z2/best.pth --out runs/vae/evaluate_z2
@@ -9,14 +9,14 @@ latents the exact value by quadrature (exact.py), which both must stay below:
     ELBO ≤ IWAE-k ≤ log p(x);      bits per pixel = −log p(x) / (196 log 2)
 
 IWAE-k draws from the encoder's Gaussian: where that is narrow and sits beside the true posterior, or on one of several
-modes, no k that one can afford makes up for it, and the bound stays low. The exact value shows by how much.
+modes, no affordable k makes up for it, and the bound stays low. The exact value shows by how much.
 
 Beside it stand three models without a network whose likelihood is exact (baselines.py): independent pixels, a mixture
 of Bernoullis (its size chosen on a fifth of the training images), a Chow-Liu tree.
 
-Samples: a small classifier trained on the same real digits reads 10,000 samples of each model. A model whose samples it
-reads with confidence, as many of each class as there are, can draw digits; confidence alone says little, since it
-reads noise with confidence too.
+Samples: a small classifier trained on the same real digits classifies 10,000 samples of each model. A model whose
+samples it classifies with confidence, each class as often as in the data, can draw digits; confidence alone says
+little, since noise is classified with confidence too.
 
 Writes likelihood.png, iwae.png, sample_quality.png, metrics.json.
 Sources: Burda, Grosse and Salakhutdinov 2016; Chow and Liu 1968.
@@ -54,7 +54,7 @@ SHOWN = 12  # samples of each model in the figure
 def bounds(model: VAE, x: Tensor, ks: list[int]) -> np.ndarray:
     """IWAE-k of every image for each k: x (N, D) → (G, N), in nats; k = 1 estimates the ELBO.
 
-    The largest k's weights serve the smaller ones too: IWAE-k is the mean over as many groups of k as there are.
+    The weights drawn for the largest k serve the smaller ones too: IWAE-k is the mean over all full groups of k.
     """
     most, parts = max(ks), []
     for batch in x.split(BATCH):
@@ -70,7 +70,7 @@ def bounds(model: VAE, x: Tensor, ks: list[int]) -> np.ndarray:
 
 
 def fit_baselines(data: Inputs, sizes: list[int], rng: np.random.Generator) -> dict:
-    """Name → fitted model without a network, the number of the mixture's components chosen on held-out images."""
+    """Name → fitted baseline; the mixture's number of components is chosen on held-out images."""
     fit_at, held_at = split_positions(data.y_train, max(1, len(data.y_train) // 5))
     held = {
         size: BernoulliMixture(size).fit(data.x_train[fit_at], rng).log_likelihood(data.x_train[held_at]).mean()
@@ -88,8 +88,8 @@ def fit_baselines(data: Inputs, sizes: list[int], rng: np.random.Generator) -> d
 def measure(model: VAE, x: Tensor, ks: list[int]) -> dict[str, np.ndarray]:
     """Per image, in nats: `reconstruction`, `kl`, `elbo` (N,), `iwae` (G, N); with ≤ 2 latents `exact`, `coarse` (N,).
 
-    `coarse` has half the points along each axis. The sum over the grid errs by 2 exp(−2π²s²/h²), relatively, for a
-    posterior of deviation s and points h apart: the error of `exact` is about the fourth power of that of `coarse`.
+    `coarse` has half the points along each axis. The relative error of the sum is about 2 exp(−2π²s²/h²) for a
+    posterior of standard deviation s, points h apart: that of `exact` is about the fourth power of that of `coarse`.
     """
     terms = [torch.stack(model.elbo_terms(part, ELBO_SAMPLES)) for part in x.split(BATCH)]  # (2, B) each
     reconstruction, kl = torch.cat(terms, dim=1).cpu().double().numpy()  # (N,) each
@@ -106,7 +106,7 @@ def bits_per_pixel(nats: float) -> float:
 
 
 def likelihood_row(name: str, nats: np.ndarray, parameters: int) -> dict:
-    """The mean of the images' log-likelihoods (N,), its standard error, and what the model needs for it."""
+    """The mean of the images' log-likelihoods (N,), its standard error, and the model's size."""
     return {
         "model": name,
         "parameters": parameters,
@@ -119,7 +119,7 @@ def likelihood_row(name: str, nats: np.ndarray, parameters: int) -> dict:
 def read_samples(
     model: VAE, baselines: dict, data: Inputs, n: int, rng: np.random.Generator, device: torch.device
 ) -> tuple[list[dict], float, dict[str, np.ndarray]]:
-    """What a classifier trained on the real digits reads in n samples of each model.
+    """How a classifier trained on the real digits labels n samples of each model.
 
     Returns a row for each source, the classifier's accuracy on the test images, and `SHOWN` samples of each source.
     """
@@ -150,14 +150,14 @@ def build_parser():
     add_data_flags(parser)
     add_ckpt_flag(parser)
     parser.add_argument("--k", type=positive_int, default=5000, help="samples of the latent in the tightest bound")
-    parser.add_argument("--images", type=positive_int, help="test images of the bounds (default: all)")
-    parser.add_argument("--samples", type=positive_int, default=10_000, help="drawn from each model")
+    parser.add_argument("--images", type=positive_int, help="test images of the likelihoods (default: all)")
+    parser.add_argument("--samples", type=positive_int, default=10_000, help="samples of each model")
     parser.add_argument(
         "--mixture-sizes",
         type=positive_int,
         nargs="+",
         default=[50, 100, 200, 400, 800],
-        help="components to choose among",
+        help="numbers of components to choose from",
     )
     return parser
 
@@ -263,7 +263,7 @@ def draw_bounds(ks: list[int], nats: dict[str, np.ndarray], title: str):
 
 
 def draw_quality(shown: dict[str, np.ndarray], quality: list[dict], data: Inputs, accuracy: float, size: str):
-    """Samples of each source, the classes that the classifier reads in them, and how sure it is."""
+    """Samples of each source, the classes that the classifier gives them, and how sure it is."""
     figure, axes = new_figure(1, 2, width=12.5, height=0.5 * len(shown) + 1.2, width_ratios=(1.25, 1))
     images = np.concatenate(list(shown.values())).reshape(-1, SIDE, SIDE)
     image_grid(axes[0, 0], images, SHOWN, vmin=0, vmax=1)

@@ -4,8 +4,8 @@
 
 The integrand is smooth and vanishes at the border, where the trapezoidal rule converges faster than any power of the
 step h (Trefethen and Weideman 2014): a Gaussian posterior of standard deviation s is integrated to about
-2 exp(−2π² s² / h²), 5e-9 at s = h. The grid's points are the same for all images, so that the log-likelihoods of a part
-of them are one matrix product, log p(x|z) = x · l(z) − Σ_i log(1 + exp l_i(z)).
+2 exp(−2π² s² / h²), 5e-9 at s = h. The grid is the same for all images, so that all log p(x|z) of a
+batch of images and points are one matrix product, log p(x|z) = x · l(z) − Σ_i log(1 + exp l_i(z)).
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 from shared_utils.cli import UserError
 from vae.model import VAE
 
-HALF_WIDTH = 7.0  # of the grid: a model trained with the KL term puts no image near its border
+HALF_WIDTH = 7.0  # of the grid: a model trained with the KL term has no posterior near its border
 
 
 @torch.inference_mode()
@@ -25,7 +25,7 @@ def exact_log_likelihood(model: VAE, x: Tensor, points: int = 401, at_once: int 
     """log p(x) in nats per image: x (N, D) of 0 and 1 → (N,).
 
     points: along each latent's axis. at_once: grid points decoded, and images compared with them, at once.
-    Errors: `UserError` for a model of more than two latents, whose grid would not end.
+    Errors: `UserError` for a model of more than two latents, whose grid would be too large.
     """
     if model.z_dim > 2:
         raise UserError(f"the exact likelihood needs 1 or 2 latents, this model has {model.z_dim}")

@@ -1,6 +1,6 @@
-"""What the studies of this folder share: a model from a seed, its training with any loss, what came of it, pictures.
+"""What the studies of this folder share: a model from a seed, its training with any loss, its evaluation, pictures.
 
-However a model was trained, it is measured with the same right terms: sums over pixels and latents, a mean over images.
+However a model was trained, it is evaluated with the correct terms: sums over pixels and latents, a mean over images.
 Shapes: B batch, N images, D pixels, d latents.
 """
 
@@ -39,7 +39,7 @@ def add_fit_flags(parser: ExperimentParser, epochs: int) -> None:
 
 
 def new_model(seed: Sequence[int], x_dim: int, hidden: int, z_dim: int, device) -> tuple[VAE, np.random.Generator]:
-    """A fresh model and the generator of its batches, both from `seed`; PyTorch's noise from here on is too.
+    """A fresh model and the generator of its batches, both from `seed`, which also seeds PyTorch's noise.
 
     Models of one size and one seed start from the same weights and see the same batches and noise, whatever their loss.
     """
@@ -59,9 +59,9 @@ def fit(
     rng: np.random.Generator,
     samples: int = 2,
 ) -> float:
-    """Minimise `loss` on the images x_train (N, D) with Adam and one cycle of its rate; returns the seconds it took.
+    """Minimise `loss` on the images x_train (N, D) with Adam and a one-cycle learning rate; returns the seconds taken.
 
-    Errors: `UserError` with step and rate when the loss is not finite.
+    Errors: `UserError` with step and learning rate when the loss is not finite.
     """
     started = time.perf_counter()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
@@ -85,7 +85,7 @@ def fit(
 def active_units(model: VAE, x: Tensor, threshold: float = ACTIVE) -> Tensor:
     """Which latents are active: bool (d,), whether Var_x(E_q(z|x)[z_u]) > threshold over the images x (N, D).
 
-    An inactive latent has (nearly) the same posterior mean for every image: it says nothing about it.
+    An inactive latent has (nearly) the same posterior mean for every image: it tells nothing about the image.
     Source: Burda, Grosse and Salakhutdinov 2016, section 5.2.
     """
     mu = torch.cat([model.encode(part)[0] for part in x.split(1000)])  # (N, d)
@@ -116,7 +116,7 @@ def summary(rows: Sequence[dict[str, float]]) -> dict[str, float]:
 def shown_images(x: Tensor, y: np.ndarray) -> tuple[Tensor, np.ndarray]:
     """The test images that are shown, of x (N, D) with the labels y (N,): (to be reconstructed, first row of pictures).
 
-    Reconstructed is the first image of each class, at most `SHOWN`: (≤ SHOWN, D). In the row others stand beside them.
+    Reconstructed is the first image of each class, at most `SHOWN`: (≤ SHOWN, D). The row has other images beside them.
     """
     first = torch.from_numpy(np.unique(y, return_index=True)[1][:SHOWN]).to(x.device)
     others = torch.arange(-SHOWN, 0, device=x.device) % len(x)
@@ -125,7 +125,7 @@ def shown_images(x: Tensor, y: np.ndarray) -> tuple[Tensor, np.ndarray]:
 
 @torch.no_grad()
 def model_pictures(model: VAE, x: Tensor, seed: int) -> np.ndarray:
-    """A row of probabilities: `SHOWN` samples from the prior, and the images x (N, D) decoded from their means.
+    """A row of probabilities: `SHOWN` samples from the prior, and the images x (N, D) decoded from posterior means.
 
     The same seed draws the same latents for every model of one size.
     """

@@ -10,9 +10,9 @@ one image (found by Adam on its mean and log-variance, from the encoder's):
     log p(x) − ELBO(q)  =  [log p(x) − ELBO(q*)]  +  [ELBO(q*) − ELBO(q)]
                              approximation gap         amortisation gap
 
-An encoder that has learned its training images by heart shows in an amortisation gap that is larger on others. The
-decoder stays as it is. log p(x) is exact for one or two latents (exact.py); otherwise it is IWAE-k, drawn from q*,
-which is a little low, as is the ELBO of a q* that the search has not quite found.
+An encoder that has overfitted its training images has a larger amortisation gap on others. The decoder is held fixed.
+log p(x) is exact for one or two latents (exact.py); otherwise it is IWAE-k with draws from q*, which is a little low,
+as is the ELBO of a q* that the search has not quite found.
 
 Writes inference_gap.png, metrics.json. With two latents also posteriors.png, the true posteriors and both Gaussians.
 Source: Cremer, Li and Duvenaud 2018.
@@ -49,7 +49,7 @@ def build_parser():
     add_ckpt_flag(parser)
     parser.add_argument("--images", type=positive_int, default=1000, help="training images, and as many test images")
     parser.add_argument("--steps", type=positive_int, default=500, help="of the search for the best Gaussian")
-    parser.add_argument("--k", type=positive_int, default=5000, help="samples of the latent that stand for log p(x)")
+    parser.add_argument("--k", type=positive_int, default=5000, help="samples of the latent to estimate log p(x)")
     return parser
 
 

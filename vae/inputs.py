@@ -42,7 +42,7 @@ def load_binary(args) -> Inputs:
     """
     images = load_images(args.dataset, "train", args.data_dir, shape=(1, 28, 28))
     test = load_images(args.dataset, "test", args.data_dir, shape=(1, 28, 28))
-    # A folder's images come class by class: in this order the first n are a sample of all.
+    # A folder's images come class by class: in this order the first n are a stratified sample.
     test = test[stratified_order(test.y, np.random.default_rng(0))]
     train, val = train_val_split(images, args.val_size)
     fewest = int(np.bincount(train.y, minlength=len(train.classes)).min())

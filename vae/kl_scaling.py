@@ -3,15 +3,15 @@
     python vae/kl_scaling.py
 
 With bce (B, D) = −log p(x_i|z) of each pixel and kl (B, d) of each latent, the bound asks for sums over D and d, as
-the likelihood of an image is the product over its pixels; over the images of a batch it takes the mean. Whatever is
-reduced otherwise weights the KL against the reconstruction, up to a common factor:
+the likelihood of an image is the product over its pixels; over the images of a batch it takes the mean. Any other
+reduction weights the KL against the reconstruction, up to a common factor:
 
     loss = scale · mean over the batch of (β · KL − reconstruction)
 
-`F.binary_cross_entropy_with_logits`, a mean by default, beside a summed KL is β = D: 196 times the KL. Each reduction
-here is trained from the same weights with the same batches and noise, then measured with the right terms on the test
-images. That its gradient is `scale` times that of β · KL − reconstruction is measured too, on one batch. Adam divides
-the scale out (its ε apart); plain gradient descent would take steps `scale` times as long.
+`F.binary_cross_entropy_with_logits`, a mean by default, beside a summed KL means β = D: 196 times the KL. A model is
+trained with each reduction from the same weights with the same batches and noise, then evaluated with the correct terms
+on the test images. That the gradient is `scale` times that of β · KL − reconstruction is checked too, on one batch.
+Adam divides the scale out (up to its ε); plain gradient descent would take steps `scale` times as long.
 
 Writes kl_scaling.png, history.csv, metrics.json.
 Sources: Kingma and Welling 2014; Higgins et al. 2017 for β.
@@ -46,7 +46,7 @@ from vae.model import VAE
 
 @dataclass(frozen=True)
 class Reduction:
-    """A way to reduce the two terms: what it is, as it is written, the loss, and the β and scale that it amounts to."""
+    """A way to reduce the two terms: its name, its code, the loss, and the β and scale that it amounts to."""
 
     name: str
     code: str
@@ -127,7 +127,7 @@ def main(argv=None) -> dict:
     for reduction in reductions(min(args.batch_size, len(x_train)), x_train.shape[1], args.z_dim):
         model, _ = new_model([args.seed], x_train.shape[1], args.hidden, args.z_dim, device)
         error = gradient_error(model, x_train[: args.batch_size], reduction)
-        # Made anew, as the comparison has drawn noise: every reduction sees the same.
+        # Made anew, as the gradient check has drawn noise: every reduction sees the same.
         model, rng = new_model([args.seed], x_train.shape[1], args.hidden, args.z_dim, device)
         seconds = fit(model, x_train, reduction.loss, rng=rng, **settings)
         row = {"name": reduction.name, "code": reduction.code, "beta": reduction.beta, "scale": reduction.scale}

@@ -3,11 +3,11 @@
     python vae/latent_space.py
     python vae/latent_space.py --ckpt runs/vae/train_z2_long/best.pth --out runs/vae/latent_space_z2
 
-Posterior means mu(x) of the test images, coloured by class; the decoder's images over a plane of latents; the way from
+Posterior means mu(x) of the test images, coloured by class; the decoder's images over a plane of latents; the path from
 one image to another, through the latents and through the pixels; and each latent moved alone. With more than two
 latents the plane is that of the two directions in which the means vary most (principal components).
 
-A latent is active when its mean depends on the image: A_u = Var_x (mu_u(x)) > 0.01. What it costs is its part of the
+A latent is active when its mean depends on the image: A_u = Var_x (mu_u(x)) > 0.01. Its cost is its share of the
 KL, ½ (mu² + e^log_var − 1 − log_var), averaged over the images.
 
 Writes latent_means.png, manifold.png, interpolation.png, traversals.png, metrics.json.
@@ -48,7 +48,7 @@ def build_parser():
         type=non_negative_int,
         nargs=2,
         metavar=("A", "B"),
-        help="test images to go between (default: the first of each class, two by two)",
+        help="test images to interpolate between (default: the first of each class, in pairs)",
     )
     parser.add_argument("--side", type=positive_int, default=20, help="images along each side of the manifold")
     return parser
@@ -98,7 +98,7 @@ def main(argv=None) -> dict:
 
 
 def choose_pairs(data: Inputs, pair: list[int] | None) -> np.ndarray:
-    """Positions of the test images to go between, (P, 2): those asked for, or the first of each class, two by two."""
+    """Positions of test images to interpolate between, (P, 2): as asked for, or the first of each class, in pairs."""
     if pair is None:
         first = np.unique(data.y_test, return_index=True)[1]
         if len(first) < 2:
@@ -110,7 +110,7 @@ def choose_pairs(data: Inputs, pair: list[int] | None) -> np.ndarray:
 
 
 def knn_accuracy(train: np.ndarray, test: np.ndarray, data: Inputs) -> float:
-    """How often the majority of a test point's nearest training points has its class: (N, D), (M, D)."""
+    """How often the majority class of a test point's nearest training points is its own: (N, D), (M, D)."""
     return float(KNeighborsClassifier(min(NEIGHBOURS, len(train))).fit(train, data.y_train).score(test, data.y_test))
 
 
@@ -151,7 +151,7 @@ def draw_means(mu: Tensor, plane: Plane, data: Inputs, neighbours: dict[str, flo
     ax, at, y = axes[0, 0], plane.coordinates(mu[:POINTS]), data.y_test[:POINTS]
     for label, name in enumerate(data.classes):
         marker = f"${name}$" if len(name) == 1 else "o"
-        color = COLORS[label % 7]  # without the yellow, which white swallows
+        color = COLORS[label % 7]  # without the yellow, which is invisible on white
         ax.scatter(*at[y == label].T, s=28, marker=marker, color=color, linewidth=0.2, label=name)
     ax.set(xlabel=f"{plane.labels[0]} of the posterior mean", ylabel=f"{plane.labels[1]}", aspect="equal")
     ax.legend(title="class", loc="center left", bbox_to_anchor=(1.0, 0.5))
@@ -202,7 +202,7 @@ def draw_interpolation(model: VAE, x: Tensor, title: str):
 
 
 def draw_traversals(model: VAE, mu: Tensor, units: dict[str, np.ndarray], title: str):
-    """Each latent moved alone from −3 to 3 about the mean of all, the costliest first; beside it its KL."""
+    """Each latent moved alone from −3 to 3, the others at their mean, the costliest first; beside it its KL."""
     order = np.argsort(-units["kl"], kind="stable")
     along = torch.linspace(-REACH, REACH, STEPS, device=mu.device)  # (S,)
     z = mu.mean(0).repeat(len(order), STEPS, 1)  # (d, S, d)

@@ -3,7 +3,7 @@
     python vae/latent_study.py
     python vae/latent_study.py --z-dims 8 16 32 64 --hidden 256 --out runs/vae/latent_study_wide
 
-Models of 1 to 32 latents are trained with the same loss for the same time, and measured on the test images by the ELBO
+Models of 1 to 32 latents are trained with the same loss for as many epochs, and measured on the test images by the ELBO
 and by the tighter bound of k samples (IWAE). A latent that does not help costs nothing if its posterior is the prior:
 its KL is then 0, and it is not active (its posterior mean does not vary over images). A size too large need not hurt.
 
@@ -72,7 +72,7 @@ def main(argv=None) -> dict:
 
 
 def findings(found: dict[int, list[dict]], table: dict[int, dict]) -> dict:
-    """The size of the highest bound on validation images, the smallest as good, the first with latents unused.
+    """The size of the highest bound on validation images, the smallest as good, the first with unused latents.
 
     found: sizes in rising order → the measured values of each seed. "As good": below the best by no more than the
     larger of the two sizes' standard deviations over seeds. None: every size uses all its latents.

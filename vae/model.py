@@ -115,7 +115,7 @@ class VAE(nn.Module):
         return log_bernoulli(x, self.decode(z)) + prior - log_normal(z, mu, log_var)
 
     def iwae_bound(self, x: Tensor, k: int, q: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """log (1/k) Σ_j w_j, in nats per image (B,): a lower bound on log p(x) in the mean, the tighter the larger k.
+        """log (1/k) Σ_j w_j, in nats per image (B,): a lower bound on log p(x) in expectation, tighter for larger k.
 
         q: mean and log-variance (B, d) to draw from in place of the encoder's. The samples are decoded `ROWS` at a
         time, so that memory does not grow with k. Errors: as `elbo_terms`.
@@ -136,7 +136,7 @@ class VAE(nn.Module):
             raise ValueError(f"the images must be of shape (B, {self.x_dim}), got {tuple(x.shape)}")
         if not ((x == 0) | (x == 1)).all():
             raise ValueError(
-                "the images must be binary (0 or 1): a Bernoulli's likelihood of a grey pixel is no likelihood"
+                "the images must be binary (0 or 1): the Bernoulli formula gives no likelihood of a grey pixel"
             )
 
 
@@ -150,13 +150,13 @@ def mean_terms(model: VAE, x: Tensor, n_samples: int) -> tuple[float, float]:
 
 def add_ckpt_flag(parser: ExperimentParser) -> None:
     """`--ckpt`, which `load_model` reads."""
-    parser.add_argument("--ckpt", metavar="FILE", help="a model of train.py's (default: its best.pth)")
+    parser.add_argument("--ckpt", metavar="FILE", help="a model that train.py wrote (default: its best.pth)")
 
 
 def load_model(args: argparse.Namespace, device: torch.device) -> VAE:
     """The model in `--ckpt`, by default train.py's best, in evaluation mode.
 
-    Errors: `UserError` in one line when the file is missing, damaged, of another image size or no VAE of ours, and when
+    Errors: `UserError` in one line when the file is missing, damaged, of another image size or not train.py's, and when
     `args` ask for other images than it was trained on.
     """
     path = Path(args.ckpt) if args.ckpt else find_output(args, "train", "best.pth")

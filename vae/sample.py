@@ -4,11 +4,11 @@
     python vae/sample.py --n 10000 --columns 16 --rows 8
 
 A latent from the prior, z ~ N(0, I), and one pass of the decoder: p = sigmoid(decode(z)), a probability for each pixel.
-The model's own images are draws x_i ~ Bernoulli(p_i), each pixel for itself, hence their ragged edges; cutting p at one
+The model's own images are draws x_i ~ Bernoulli(p_i), each pixel on its own, hence their ragged edges; cutting p at one
 half shows the most probable image for that latent.
 
 Writes samples.png, samples.npz, metrics.json. In samples.npz, for other experiments: `images` uint8 (N, 14, 14), 0 or
-255, the cut ones; `probabilities`, 255 p, and `draws`, 0 or 255, shaped alike; `z` float32 (N, d).
+255, p cut at one half; of the same shape `probabilities`, 255 p, and `draws`, 0 or 255; `z` float32 (N, d).
 Source: Kingma and Welling 2014.
 Shapes: N samples, d latents.
 """

@@ -12,8 +12,8 @@ batch (model.py has the equations), its reconstruction term a mean over `--sampl
     L(x) = E_q(z|x) [log p(x|z)] − KL(q(z|x) ‖ N(0, I))
 
 The learning rate follows one cycle: it rises to `--lr` along half a cosine and falls to zero along another. Weight
-decay holds the encoder alone, which would learn its images by heart (inference_gap.py). Every 100 updates the bound is
-taken on the validation images, and the best weights so far are kept; the test images are read once, at the end.
+decay acts on the encoder alone, which would overfit its images (inference_gap.py). Every 100 updates the bound is
+computed on the validation images, and the best weights so far are kept; the test images are read once, at the end.
 
 Writes elbo_terms.png, train_vs_val_ll.png, best.pth, last.pth, terms.npz, history.csv, metrics.json.
 With --resume a run that was stopped goes on from last.pth and ends with the same weights.
@@ -54,7 +54,7 @@ def build_parser():
     parser.add_argument("--samples", type=positive_int, default=2, help="draws of the latent for each image")
     parser.add_argument("--lr", type=positive_float, default=3e-3, help="the highest learning rate")
     parser.add_argument("--schedule", choices=("onecycle", "constant"), default="onecycle", help="of the learning rate")
-    decay = "pull of the encoder's parameters towards 0 (AdamW's)"
+    decay = "AdamW's weight decay of the encoder's parameters"
     parser.add_argument("--encoder-weight-decay", type=non_negative_float, default=0.1, help=decay)
     parser.add_argument("--resume", action="store_true", help="go on from last.pth")
     return parser
@@ -81,7 +81,7 @@ def main(argv=None) -> dict:
     step, best, saved, seconds = 0, {"val_elbo": -math.inf}, 0, 0.0
 
     if args.resume and run.path("last.pth").exists():
-        state = checkpoint.load(run.path("last.pth"), expect=model.config)  # the states find their way to the device
+        state = checkpoint.load(run.path("last.pth"), expect=model.config)  # load_state_dict moves them to the device
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         checkpoint.restore_random_states(state, rng)
@@ -159,7 +159,7 @@ def validate(model: VAE, x_val: torch.Tensor, step: int, lr: float, terms: np.nd
     reconstruction, kl = mean_terms(model, x_val, VAL_SAMPLES)
     means = dict(zip(("train_reconstruction", "train_kl"), terms.mean(0).tolist(), strict=True))
     run.log(step=step, lr=lr, **means, val_reconstruction=reconstruction, val_kl=kl)
-    if not reconstruction - kl > best["val_elbo"]:  # nor is what is no number the best
+    if not reconstruction - kl > best["val_elbo"]:  # a NaN is never the best
         return best
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     return {"val_elbo": reconstruction - kl, "step": step, "model": weights}
@@ -182,7 +182,7 @@ def draw_terms(terms: np.ndarray, about: str):
 
 
 def draw_bounds(rows: list[dict[str, float]], best: dict, test_elbo: float, n_val: int, about: str):
-    """The ELBO of training batches and of the validation images against updates, and the best weights' on the test."""
+    """The ELBO of training batches and validation images against updates, and the best weights' on the test images."""
     figure, axes = new_figure(width=7.6, height=4.6)
     ax = axes[0, 0]
     step = [row["step"] for row in rows]
