@@ -1,11 +1,11 @@
-"""Which step from raw pixels to the best SVM brings what, and what does it cost?
+"""What does each step from raw pixels to the best SVM bring, and what does it cost?
 
     python mnist_svm_gabor/ablation.py
     python mnist_svm_gabor/ablation.py --train-size 10000
 
-Seven rungs at 28×28, each changing one thing of the one before: raw pixels; deskewing; rectified Gabor responses at 6×6
+Seven rungs at 28×28, each changing one thing in the one before: raw pixels; deskewing; rectified Gabor responses at 6×6
 places; the energy of quadrature pairs instead; Gaussian pooling around those places; the cube root; whitening by half.
-Every rung goes on 100 principal components to an RBF machine whose C and gamma were chosen on validation. McNemar's
+Every rung feeds 100 principal components to an RBF SVM whose C and gamma were chosen on validation. McNemar's
 exact test says whether a rung differs from the one before.
 
 Writes ablation.png, history.csv, metrics.json.

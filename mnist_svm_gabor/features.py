@@ -22,7 +22,7 @@ BANKS = {
 
 @dataclass(frozen=True)
 class Preparation:
-    """What happens to an image before anything is fitted. bank None means raw pixels; resolution is 14 or 28."""
+    """What happens to an image before anything is fitted. bank: None means raw pixels; resolution: 14 or 28."""
 
     resolution: int = 14
     deskewed: bool = False

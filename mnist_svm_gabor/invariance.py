@@ -1,4 +1,4 @@
-"""Do Gabor features make an SVM robust: to rotation, scale, shift, noise of images it was not trained on?
+"""Do Gabor features make an SVM robust to rotation, scaling, shift and noise that it was not trained on?
 
     python mnist_svm_gabor/invariance.py
 
@@ -53,7 +53,7 @@ def warp(x: np.ndarray, degrees: float = 0.0, scale: float = 1.0, shift: float =
 
 
 def with_noise(x: np.ndarray, sigma: float, seed: int) -> np.ndarray:
-    """x plus Gaussian noise of standard deviation `sigma` (in units of [0, 1]), cut off at black and white."""
+    """x plus Gaussian noise of standard deviation `sigma` (in units of [0, 1]), clipped at black and white."""
     noise = np.random.default_rng(seed).standard_normal(x.shape, dtype=np.float32)
     return np.clip(np.rint(x + 255 * sigma * noise), 0, 255).astype(np.uint8)
 
@@ -119,7 +119,7 @@ def tolerance(strengths: list[float], accuracies: list[float], neutral: float, l
 
 
 def headline(found: dict) -> dict[str, dict[str, float]]:
-    """Accuracies at a rotation of 30° (the mean of both ways) and under noise of 0.3, by kind of features."""
+    """Accuracies at a rotation of 30° (the mean of both directions) and under noise of 0.3, by kind of features."""
     turned, noisy = found["rotation"], found["noise"]
     at = [turned["strength"].index(angle) for angle in (-30.0, 30.0)]
     strong = int(np.argmin(np.abs(np.array(noisy["strength"]) - 0.3)))

@@ -4,7 +4,7 @@
     python mnist_svm_gabor/learning_curve.py --sizes 100 1000 --seeds 0 1 2 3 4
 
 For each size and seed a stratified subset of the training images is drawn; components, whitening, C and gamma are
-chosen on images of that subset alone (a sixth of it, or five folds of fewer than 1,000), then the machine is refitted
+chosen on images of that subset alone (a sixth of it, or by five folds below 1,000), then the machine is refitted
 to all of it and tested on all test images. The filters themselves were chosen once, with many more labels (README).
 Raw pixels and Gabor features, linear (one against the rest) and RBF kernel, at 14×14.
 

@@ -1,4 +1,4 @@
-"""Which digit is on this picture?
+"""Which digit is in this picture?
 
     python mnist_svm_gabor/predict.py
     python mnist_svm_gabor/predict.py my_digit.png folder_of_pictures
@@ -36,7 +36,7 @@ def build_parser():
 def as_mnist(picture: np.ndarray, name: str) -> np.ndarray:
     """A grey picture, uint8 (1, H, W), in MNIST's form: uint8 (1, 28, 28), light on black.
 
-    Dark on light is inverted and the rim's grey taken off; one of 28×28 is otherwise left alone.
+    Dark on light is inverted and the rim's grey subtracted; a picture of 28×28 is otherwise left alone.
     Errors: `UserError` for a blank one.
     """
     grey = picture[0].astype(np.float32)

@@ -1,4 +1,4 @@
-"""How every machine of this folder is chosen, fitted and counted, whatever its features.
+"""How every SVM of this folder is chosen, fitted and tested, whatever its features.
 
 Components, whitening, C and gamma are chosen on validation images that the fit has not seen; then projection and SVM
 are fitted once more to training and validation images together, and tested once.
@@ -35,7 +35,7 @@ class Grid:
 
 
 def default_grid(kernel: str) -> Grid:
-    """The grid for a kernel. A linear machine's C matters over decades, a curved one's hardly above 3."""
+    """The grid for a kernel. A linear SVM's C matters over decades, a non-linear one's hardly above 3."""
     if kernel.startswith("linear"):
         return Grid((0.01, 0.03, 0.1, 0.3, 1.0), (1.0,))
     return Grid((3.0, 10.0), (0.5, 0.8, 1.25, 2.0))
@@ -71,7 +71,7 @@ def load(args, rng: np.random.Generator) -> tuple[Images, Images]:
 
 
 def folds(y: np.ndarray, rng: np.random.Generator, n_classes: int) -> list[Fold]:
-    """What the search fits to and counts on: the fixed split (a sixth held out), or five folds of few images.
+    """What the search fits to and counts on: the fixed split (a sixth held out), or five folds if images are few.
 
     y: labels (N,) in 0 … n_classes − 1. The positions to fit to come in a stratified random order.
     Errors: `UserError` when one of the classes is missing in a fold.

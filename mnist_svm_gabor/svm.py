@@ -49,8 +49,8 @@ class SVM:
     def scores(self, x: np.ndarray) -> np.ndarray:
         """A score per class (N, K): the function itself (one against the rest) or the votes (one against one).
 
-        Votes are whole numbers; less than half a vote of summed margins is added, so that it only ranks classes with
-        equally many votes. scikit-learn's SVC gives such a tie to the lower label.
+        Votes are whole numbers; the summed margins, squeezed to less than half a vote, are added to them, so that they
+        only rank classes with equally many votes. scikit-learn's SVC gives such a tie to the lower label.
         """
         decisions = self.decide(x)
         if self.kernel == "linear":
@@ -96,7 +96,7 @@ class SVM:
 def fit_svm(x: np.ndarray, y: np.ndarray, kernel: str, C: float, gamma: float = 1.0) -> SVM:
     """Fit an SVM to x (N, D) float32 and labels y (N,) in 0 … K − 1, all of which occur.
 
-    C: cost of a violated margin. gamma: width of the kernel in units of 1 / (total variance of x), so that it does not
+    C: cost of a violated margin. gamma: γ of the kernel in units of 1 / (total variance of x), so that it does not
     depend on the features' scale (for centred x, scikit-learn's gamma="scale" is 1).
     """
     if kernel not in KERNELS:
@@ -140,7 +140,7 @@ def choose_svm(
     """Fit every (C, gamma) to x, y and count its errors on x_val, y_val; one row each, the best first.
 
     Among equals the smaller C comes first, then the smaller gamma: the smoother machine. A linear kernel has no gamma.
-    scikit-learn's solver lets other threads run, so that the machines are fitted on all cores at once.
+    scikit-learn's solver releases Python's lock (GIL), so that the SVMs are fitted on all cores at once.
     """
     grid = [(C, gamma) for C in Cs for gamma in (gammas if kernel in ("rbf", "poly") else [1.0])]
 

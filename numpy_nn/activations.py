@@ -1,4 +1,4 @@
-"""Activations, elementwise; complex numbers go by their real part. Shapes: any; the output has the input's."""
+"""Activations, elementwise; complex numbers compare by their real part. Shapes: any; the output has the input's."""
 
 import numpy as np
 

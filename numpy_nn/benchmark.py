@@ -5,8 +5,8 @@
 One training step of the patch-embedding network (batch 32) and of Conv 1→16 → ReLU → Pool → Conv 16→32 → ReLU → Pool →
 Linear (3×3, batch 64) is timed in turns (NumPy, PyTorch, NumPy, …) in this one process, and the median ratio reported,
 since a shared machine's speed drifts. Then three ways to convolve (Python loops over pixels, im2col through
-`sliding_window_view`, the column copies of conv.py) with their memory; and a roofline: each layer's GFLOP/s, forward
-and backward, beside this machine's matrix product: the least time of several, one after another.
+`sliding_window_view`, the column copies of conv.py) with their memory; and each layer's GFLOP/s, forward and backward,
+below its ceiling, this machine's matrix product: there the least time of several counts.
 
 Writes roofline.png, metrics.json.
 """

@@ -1,4 +1,4 @@
-"""Seven checks of each part of the library, by means that do not depend on each other.
+"""Seven checks of each part of the library, by independent means.
 
 Each takes a subject (the name of a layer, loss or optimiser; `He` for the initial weights, `Sequential` for whole
 networks) and a seed, and returns whether the subject passes, or None where the check does not apply.
@@ -218,7 +218,7 @@ def plain_formulas(subject: str, seed: int) -> bool:
 
 
 def one_alone(subject: str, seed: int) -> bool | None:
-    """In evaluation mode an example's output is the same in any company; dropout is absent, in training it is not."""
+    """In evaluation mode an example's output does not depend on its batch; dropout acts in training alone."""
     if subject in (*OPTIMIZERS, "SoftmaxCrossEntropy", "MSE", "He"):
         return None
     network, x, *_ = problem(subject, np.random.default_rng([seed, 4]))
@@ -264,7 +264,7 @@ def first_step_lowers(subject: str, seed: int) -> bool:
 
 
 def learns_by_heart(subject: str, seed: int, updates: int = 100) -> bool:
-    """After some updates on 16 examples with random labels the loss is below a fifth of what it was."""
+    """After `updates` updates on 16 examples with random labels the loss is below a fifth of what it was."""
     network, x, loss, target = problem(subject, np.random.default_rng([seed, 7]))
     optimizer, first = OPTIMIZERS.get(subject, OPTIMIZERS["SGD"])(network.layers), None
     for _ in range(updates):

@@ -1,4 +1,4 @@
-"""Which optimizer comes down fastest, when each is given the learning rate that suits it?
+"""Which optimizer descends fastest when each is given its own best learning rate?
 
     python numpy_nn/compare_optimizers.py
     python numpy_nn/compare_optimizers.py --epochs 100 --hidden 64 --seeds 0 1 2 3 4
@@ -12,9 +12,9 @@ SGD, momentum and Nesterov (μ = 0.9), RMSprop (α = 0.9, Hinton's) and Adam (0.
 - surfaces f(x, y) from a fixed start with the exact gradient: an ill-conditioned quadratic, Rosenbrock's valley and
   Beale's plateaus. The learning rate is the one whose f, the median over the last tenth of the steps, is lowest.
 
-A rate that diverges, or on a surface ever climbs above the start, is out: a lucky jump is no descent. Both grids are in
-metrics.json, with a mark where the choice lies at a grid's edge. Rates are constant: RMSprop and Adam go on stepping by
-about lr at the end.
+A learning rate that diverges, or on a surface ever climbs above the start, is out: a lucky jump is no descent. Both
+grids are in metrics.json, with a mark where the choice lies at a grid's edge. Learning rates are constant: RMSprop and
+Adam go on taking steps of about lr at the end.
 
 Writes toy_losses.png, decision_regions.png, surface_trajectories.png, surface_losses.png, history.csv and metrics.json.
 Source: Sutskever et al. 2013, Hinton 2012, Kingma and Ba 2015; Rosenbrock 1960, Beale 1958.
@@ -267,7 +267,7 @@ def main(argv=None) -> dict:
 
 
 def lowest(results: dict[str, dict[str, dict]], key: str) -> str:
-    """Whose `key` is lowest on each problem: for a title."""
+    """Which optimizer's `key` is lowest on each problem: for a title."""
     return ", ".join(f"{min(rows, key=lambda n, r=rows: r[n][key])} on {problem}" for problem, rows in results.items())
 
 

@@ -5,7 +5,7 @@ The complex step (Squire and Trapp 1998) writes f(x + i h) = f(x) + i h f′(x) 
     f′(x) = Im f(x + i h) / h + O(h²),
 
 and as nothing is subtracted nothing cancels: h = 1e-30 leaves no truncation error and only the round-off of one forward
-pass. It asks that f be written for complex numbers: comparisons by the real part, no `abs`, no conjugate.
+pass. f must be written for complex numbers: comparisons by the real part, no `abs`, no conjugate.
 
 A `Case` is one thing to check: how to run it forward and backward, and in which dict each of its arrays lies.
 Shapes: N batch, C channels, H W pixels, K classes.
@@ -97,7 +97,7 @@ def off_kinks(shape: tuple[int, ...], rng: np.random.Generator, margin: float = 
 
 
 def layer_case(name: str, layer: Layer, shape: tuple[int, ...], rng: np.random.Generator, training=True) -> Case:
-    """A layer with random parameters. It has seen another batch, so that whatever it wrongly keeps does harm."""
+    """A layer with random parameters. It has seen another batch, so that any state it wrongly keeps shows up."""
     layer.params = {key: rng.standard_normal(array.shape) for key, array in layer.params.items()}
     y = layer.forward(off_kinks(shape, rng), training=True)
     layer.backward(rng.standard_normal(y.shape))

@@ -1,13 +1,13 @@
 """Layers with a window: convolution and pooling, each as a few operations on whole arrays.
 
-Convolution is one matrix product. `columns` copies, for each of the k·k places in the kernel, the pixels that this
-place meets; a row of the result is one (channel, place), a column one output pixel:
+Convolution is one matrix product. `columns` (im2col) copies, for each of the k·k places in the kernel, the pixels that
+this place meets; a row of the result is one (channel, place), a column one output pixel:
 
     y (O, N·P) = W (O, C·k²) @ columns (C·k², N·P),        P = H'·W' output pixels
 
-so that ∂L/∂W = dY columnsᵀ and ∂L/∂columns = Wᵀ dY, which `add_columns` adds back to where each pixel came from. The
-only Python loop is over the kernel's places. Arrays are (N, C, H, W) for the reader; their memory is laid out
-(C, N, H, W), as the product's result already lies, so that between convolutions and poolings nothing is transposed in
+so that ∂L/∂W = dY columnsᵀ and ∂L/∂columns = Wᵀ dY, which `add_columns` (col2im) adds to where each pixel came from.
+The only Python loop is over the kernel's places. Arrays are (N, C, H, W) for the reader; their memory is laid out
+(C, N, H, W), as the product leaves its result, so that between convolutions and poolings nothing is transposed in
 memory.
 
 Shapes: N batch, C channels in, O channels out, H W pixels, H' W' output pixels, k kernel_size, s stride.

@@ -4,9 +4,9 @@
 
 A student project's report gives 40 to 60 % for PatchEmbedding → ReLU → Linear and blames its depth. Here the same
 network is trained as it should be, and with faults that can give such numbers: a ReLU on the logits (instead of between
-the layers), weights much wider than He's sqrt(2 / fan_in), both (three draws of the weights), and pixels that nobody
-scaled. σ = 0.5 was picked because it lands there; alone it is the control. Same batches, same learning rate, 10,000
-updates. Where both faults meet, rounding decides: another machine's numbers differ.
+the layers), weights much larger than He's σ = sqrt(2 / fan_in), both (three draws of the weights), and unscaled pixels.
+σ = 0.5 was picked because it lands there; alone it is the control. Same batches, same learning rate, 10,000 updates.
+Where both faults meet, rounding decides: another machine's numbers differ.
 
 Writes failure_modes.png, history.csv, metrics.json.
 """
@@ -32,7 +32,7 @@ def build_parser():
     parser.add_argument("--updates", type=positive_int, default=10_000, help="updates of each network")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images per update")
     parser.add_argument("--lr", type=positive_float, default=0.1, help="learning rate")
-    parser.add_argument("--every", type=positive_int, default=250, help="updates between two looks at validation")
+    parser.add_argument("--every", type=positive_int, default=250, help="updates between two validations")
     return parser
 
 
@@ -65,14 +65,14 @@ def networks(n_classes: int, seed: int) -> dict[str, tuple[Sequential, float]]:
 
 
 def logits_of(network: Sequential, x: np.ndarray) -> np.ndarray:
-    """The network's output (N, K) for x; 0 where weights are no longer finite."""
+    """The network's output (N, K) for x, with 0 for what is not finite."""
     for layer in network.layers:
         x = layer.forward(x)
     return np.nan_to_num(x, posinf=0, neginf=0)
 
 
 def train(network: Sequential, factor: float, data: Inputs, args) -> tuple[list[int], list[float], int | None]:
-    """Train; returns the updates looked at, the validation errors there, and the update at which the loss blew up."""
+    """Train; returns the updates looked at, the validation errors there, and the update at which it diverged."""
     order = batch_order(len(data.x_train), args.updates, args.batch_size, args.seed)
     step = stepper(network, data.x_train * np.float32(factor), data.y_train, args.lr)
     x_val = data.x_val * np.float32(factor)

@@ -1,4 +1,4 @@
-"""Are the gradients right, how far can one tell, and would the checks notice if they were not?
+"""Are the gradients right, how precisely can one tell, and would the checks notice if they were not?
 
     python numpy_nn/gradient_checking.py
     python numpy_nn/gradient_checking.py --h 1e-3
@@ -6,10 +6,10 @@
 1. Every layer, loss and network: the relative error of its gradients by central differences (h = 1e-5) and by the
    complex step (h = 1e-30), in float64, for a random upstream gradient.
 2. The error against h: truncation falls with h (h² central, h one-sided), round-off grows as 2.2e-16 / h, a kink of a
-   ReLU between x − h and x + h spoils both; the complex step has neither.
+   ReLU between x − h and x + h spoils both; the complex step has truncation alone, and at a tiny h none.
 3. Classic bugs planted one at a time (mutations.py) and seven checks asked about each: the two above; the same numbers
    by plain loops and formulas; one example alone in evaluation mode; the batch twice over, which must change nothing;
-   a first step that lowers the loss; 16 examples learnt by heart. A check that healthy code fails is a false alarm.
+   a first step that lowers the loss; 16 examples learnt by heart. A check that correct code fails is a false alarm.
 
 Writes gradient_errors.png, gradcheck_h.png, mutation_table.png, gradient_checks.csv, mutations.csv, metrics.json.
 Source: CS231n notes, "Gradient checks"; Squire and Trapp 1998 for the complex step.

@@ -204,7 +204,7 @@ class _BatchNorm(Layer):
         scale = self._wide(self.params["gamma"]) * self._inverse
         if self._batch is None:
             return dy * scale
-        # Mean and variance depend on every x of the batch: both their paths take something away.
+        # Mean and variance depend on every x of the batch: both their paths subtract a term.
         of_mean = self._wide(self.grads["beta"]) / self._batch
         of_var = self._x_hat * self._wide(self.grads["gamma"]) / self._batch
         return scale * (dy - of_mean - of_var)

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class NotFinite(ValueError):
-    """NaN or infinity: mostly of a learning rate that is too high. Apart from a bug, whose ValueError stays one."""
+    """NaN or infinity, mostly from too high a learning rate; its own class, so as not to catch a bug's ValueError."""
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -3,13 +3,13 @@
     python numpy_nn/mlp_regression.py
     python numpy_nn/mlp_regression.py --noise 0.5 --train-points 60
 
-Two functions with Gaussian noise on their training and validation values: a damped wave with a corner on a line, and
-Franke's surface (1979), two hills and a dip on a square. The MLP is trained by Adam on the mean squared error and keeps
+Two functions with Gaussian noise on their training and validation values: on a line a damped wave with a corner, and on
+a square Franke's surface (1979), two hills and a dip. The MLP is trained by Adam on the mean squared error and keeps
 the weights of its best validation epoch; the polynomial's degree is chosen on the same validation points. Both are
 judged by the root mean squared distance to the function without noise, at points that neither has seen; each seed draws
-points, noise and weights anew. A fit that follows the noise all the way would be off by the noise itself. He's
-initialisation and the ten seeds were settled after a first look at these very distances: read the comparison as an
-illustration, not as a benchmark.
+points, noise and weights anew. A fit that reproduces the noise would be off by the noise itself. He's initialisation
+and the ten seeds were settled after a first look at these very distances: read the comparison as an illustration, not
+as a benchmark.
 
 Writes regression_1d.png, regression_2d.png, history.csv, metrics.json.
 Shapes: N points, D inputs (1 or 2).
@@ -69,10 +69,12 @@ def build_parser():
     parser.add_argument("--widths", type=positive_int, nargs="+", default=[32, 32], help="units of each hidden layer")
     parser.add_argument("--activation", choices=ACTIVATIONS, default="tanh", help="of the hidden units")
     parser.add_argument("--epochs", type=positive_int, default=300, help="passes over the training points")
-    parser.add_argument("--batch-size", type=positive_int, default=32, help="points an update")
-    parser.add_argument("--lr", type=positive_float, default=0.01, help="Adam's rate at the start; a cosine from there")
+    parser.add_argument("--batch-size", type=positive_int, default=32, help="points per update")
+    parser.add_argument(
+        "--lr", type=positive_float, default=0.01, help="Adam's learning rate at the start; a cosine from there"
+    )
     parser.add_argument("--train-points", type=positive_int, default=200, help="for the wave; twice as many in 2-D")
-    parser.add_argument("--noise", type=non_negative_float, default=0.2, help="its deviation; half of it in 2-D")
+    parser.add_argument("--noise", type=non_negative_float, default=0.2, help="standard deviation; half of it in 2-D")
     add_seeds(parser, list(range(10)), "one fit for each")
     return parser
 
@@ -90,7 +92,7 @@ class Points:
 
 
 def draw_points(dim: int, n: int, noise: float, rng: np.random.Generator) -> Points:
-    """n training and n/2 validation points, even over [−1, 1]^dim; the test points are a grid."""
+    """n training and n/2 validation points, uniform over [−1, 1]^dim; the test points are a grid."""
     f, half = FUNCTIONS[dim][1], max(1, n // 2)
     x = rng.uniform(-1, 1, (n + half, dim))
     y = f(x) + noise * rng.standard_normal((n + half, 1))

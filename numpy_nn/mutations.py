@@ -4,7 +4,7 @@
         with planted(mutation):
             ...  # the library has this bug here, and nowhere else
 
-A bug is a function that takes the true function first and then what the true one takes; `planted` puts it in the true
+A bug is a function that takes the true function first and then its arguments; `planted` puts it in the true
 one's place and takes it out again, also after an exception. `subject` names the layer whose checks are to be asked.
 Many are consistent: forward and backward agree on the wrong thing, so that no gradient check can see them.
 """

@@ -1,7 +1,7 @@
 """Optimisers in the forms of `torch.optim`, so that trajectories can be compared step by step.
 
 Each takes a list of layers, objects with dicts `params` and `grads` of the same keys. `step()` updates every parameter
-in place from the gradients there are. weight_decay λ adds λ·w to the gradient (L2, not decoupled).
+in place from its current gradient. weight_decay λ adds λ·w to the gradient (L2, not decoupled).
 """
 
 from collections.abc import Sequence

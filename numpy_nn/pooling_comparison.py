@@ -9,11 +9,12 @@ Conv(1→8, 3×3) → ReLU → ↓2 → Conv(8→16, 3×3) → ReLU → ↓2 →
 - average:  y = mean over each 2×2 block
 - strided:  y = a 2×2 convolution of stride 2, learned (Springenberg et al. 2015); the average is one such convolution
 
-For one seed the layers that the variants share start from the same weights and see the same batches, for the same
-number of updates (Adam, its rate going down to zero along half a cosine). Which variant wins depends on the learning
-rate, so each has its own: the one of `--lrs` with the lowest validation loss, tried with the first seed. McNemar's
-exact test compares the predictions of that seed. Boureau et al. found that max pooling separates classes better where
-features are rarely active, so the active fraction of what is pooled is measured too, on the validation images.
+For each seed the layers that the variants share start from the same weights and see the same batches, for the same
+number of updates (Adam, its learning rate falling to zero along half a cosine). Which variant wins depends on the
+learning rate, so each has its own: the one of `--lrs` with the lowest validation loss, tried with the first seed.
+McNemar's exact test compares the predictions of that seed. Boureau et al. found that max pooling separates classes
+better where features are rarely active, so the active fraction of what is pooled is measured too, on the validation
+images.
 
 Writes curves.png, comparison.csv, history.csv and metrics.json. Source: Boureau et al. 2010, Springenberg et al. 2015.
 Shapes: B batch, C channels, H W pixels, K classes.
@@ -99,7 +100,7 @@ def train(variant: str, lr: float, seed: int, data: Inputs, args, run) -> dict:
 
 
 def trial(variant: str, lr: float, seed: int, data: Inputs, args, run) -> dict:
-    """As `train`; where it diverges, an infinite validation loss and the error: other rates go on."""
+    """As `train`; where it diverges, an infinite validation loss and the error: the other learning rates go on."""
     try:
         return train(variant, lr, seed, data, args, run)
     except Diverged as error:

@@ -3,14 +3,15 @@
     python numpy_nn/receptive_field.py
     python numpy_nn/receptive_field.py --architecture vgg deep
 
-A layer with kernel k and stride s widens the field r of its units and their distance j, both counted in input pixels:
+A layer with kernel k and stride s widens the receptive field r of its units and the distance j between them, both in
+input pixels:
 
     r_l = r_{l−1} + (k_l − 1) j_{l−1},    j_l = j_{l−1} s_l,    r_0 = j_0 = 1.
 
-Beside it the truth: the gradient of each layer's middle unit with respect to the input, by the backward pass of the
-real network, its absolute value averaged over random weights and random images. Where it is not zero is the measured
-field, which must begin and end at the very pixels that the theory names. The gradient is far from even in it: the
-effective size is the side of a square with as many pixels as hold 95.45 % of it, largest first (as much as two
+Beside it the measurement: the gradient of each layer's middle unit with respect to the input, by the backward pass of
+the real network, its absolute value averaged over random weights and random images. Where it is not zero is the
+measured field, which must begin and end at the very pixels that the theory names. The gradient is far from uniform in
+it: the effective size is the side of a square with as many pixels as hold 95.45 % of it, largest first (as much as two
 deviations of a Gaussian hold in one dimension). For many layers of one kind it should grow as the root of their number
 (Luo et al. 2016).
 
@@ -87,7 +88,7 @@ def theory(specs: list[tuple]) -> list[Field]:
 
 
 def build_network(specs: list[tuple], channels: int, rng: np.random.Generator) -> tuple[Sequential, list[int]]:
-    """The network, and for each spec how many layers lie before its output's end."""
+    """The network, and for each spec how many layers lead up to its output."""
     layers: list[Layer] = []
     ends, width = [], 1
     for kind, kernel, stride, padding in specs:

@@ -4,10 +4,11 @@
     python numpy_nn/train_mlp.py --activations relu sigmoid --hidden 64 64 64 64 64 64 --epochs 4 --seeds 0
     python numpy_nn/train_mlp.py --shift 0
 
-784 → hidden → 10, y = φ(x W + b) per layer, softmax cross-entropy, Adam whose rate rises over the first twentieth of
-the updates and then falls along half a cosine. For one seed all variants start from the same weights (`--init`) and see
-the same batches, each image moved by up to `--shift` pixels. The gradient of the weights in layer l has a factor φ' for
-every layer from l on; as σ' ≤ 1/4, each sigmoid shrinks it: the norms ‖∂L/∂W‖ of every layer are recorded.
+784 → hidden → 10, y = φ(x W + b) per layer, softmax cross-entropy, Adam whose learning rate rises over the first
+twentieth of the updates and then falls along half a cosine. For one seed all variants start from the same weights
+(`--init`) and see the same batches, each image moved by up to `--shift` pixels. The gradient of the weights in layer l
+has a factor φ' for every layer from l on; as σ' ≤ 1/4, each sigmoid shrinks it: the norms ‖∂L/∂W‖ of every layer are
+recorded.
 
 Validation images choose activation and seed; the test images are read once, at the end.
 

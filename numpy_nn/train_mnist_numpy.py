@@ -1,13 +1,13 @@
-"""How good does a convolutional network get that is written in NumPy alone?
+"""How good can a convolutional network get that is written in NumPy alone?
 
     python numpy_nn/train_mnist_numpy.py --epochs 5 --batch-size 64 --lr 0.01
     python numpy_nn/train_mnist_numpy.py --recipe strong --out runs/numpy_nn/train_mnist_numpy_strong
 
 Two convolutions of 5×5 with max pooling, then two fully connected layers with dropout. The learning rate rises over the
 first tenth of the updates to `--lr` and falls to zero along a cosine (Loshchilov and Hutter 2017). Each batch is moved
-by up to one pixel. `--recipe strong` has BatchNorm, more channels and epochs, and distorts each image by a map of
-its own. The epoch with the highest validation accuracy is kept; the test images are read once, at the end. `--resume`
-goes on after the last finished epoch, to the very same weights.
+by up to one pixel. `--recipe strong` has BatchNorm, more channels and epochs, and distorts each image by an affine map
+of its own. The epoch with the highest validation accuracy is kept; the test images are read once, at the end.
+`--resume` goes on after the last finished epoch, to the very same weights.
 
 Writes curves.png, best.npz, best.json, last.npz, history.csv, metrics.json.
 """
@@ -33,7 +33,7 @@ from shared_utils.stats import wilson_interval
 
 OPTIMIZERS = ("sgd", "momentum", "nesterov", "rmsprop", "adam")
 EPOCHS = {"plain": 5, "strong": 15}
-LR = {"plain": 0.01, "strong": 0.05}  # BatchNorm bears a higher one
+LR = {"plain": 0.01, "strong": 0.05}  # BatchNorm tolerates a higher one
 
 
 def build_parser():
@@ -43,7 +43,7 @@ def build_parser():
     parser.add_argument("--epochs", type=positive_int, help="passes over the training images (default: 5; strong: 15)")
     parser.add_argument("--batch-size", type=positive_int, default=64, help="images per update")
     parser.add_argument("--lr", type=positive_float, help="the highest learning rate (default: 0.01; strong: 0.05)")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="nesterov", help="adam and rmsprop want --lr 0.002")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="nesterov", help="adam and rmsprop need --lr 0.002")
     parser.add_argument("--weight-decay", type=non_negative_float, default=5e-4, help="L2 on every parameter")
     parser.add_argument("--resume", action="store_true", help="go on from last.npz")
     return parser

@@ -5,7 +5,7 @@
 
 PatchEmbedding (4×4 pixels → 8 numbers) → ReLU → Linear → softmax cross-entropy, minibatch SGD, from the same initial
 weights on the same batches, once with numpy_nn's layers and once as nn.Conv2d and nn.Linear. In float64 the two losses
-stay together to the last digits for `--parity-updates`; in float32 rounding errors grow, and both learn the same.
+stay together to the last digits for `--parity-updates`; in float32 rounding errors grow, and both learn equally well.
 
 Writes train_loss.png, train_error.png, val_loss_vs_updates.png, val_error_vs_updates.png, divergence.png, history.csv,
 metrics.json.
@@ -36,7 +36,7 @@ def build_parser():
     parser.add_argument("--parity-updates", type=positive_int, default=1000, help="updates compared in float64")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images per update")
     parser.add_argument("--lr", type=positive_float, default=0.1, help="learning rate")
-    parser.add_argument("--every", type=positive_int, default=250, help="updates between two looks at validation")
+    parser.add_argument("--every", type=positive_int, default=250, help="updates between two validations")
     return parser
 
 

@@ -1,12 +1,13 @@
-"""How well does one hidden layer imitate a function, and how does the error fall with its width?
+"""How well does one hidden layer approximate a function, and how does the error fall with its width?
 
     python numpy_nn/universal_approximation.py
     python numpy_nn/universal_approximation.py --activation relu --widths 4 16 64
 
-f̂(x) = Σ_i v_i φ(w_i x + b_i) + c on [−1, 1], fitted to noiseless values of five functions by minibatch Adam on the mean
-squared error, its rate falling to zero as a cosine. Cybenko (1989) and Hornik (1991) promise that some width reaches
-any error for a continuous function; not that training finds those weights, nor anything for a step, whose largest error
-stays at half its height or above. Barron (1993) bounds the error by a constant over the root of the width.
+f̂(x) = Σ_i v_i φ(w_i x + b_i) + c on [−1, 1], fitted to noiseless values of five functions by minibatch Adam on the
+mean squared error, its learning rate falling to zero along half a cosine. Cybenko (1989) and Hornik (1991) promise that
+some width reaches any error for a continuous function; not that training finds those weights, nor anything for a step,
+whose largest error stays at half its height or above. Barron (1993) bounds the error by a constant over the root of the
+width.
 
 Beside what training reached stands what the same hidden units could do: the least-squares v and c for them. A gap
 between the two is the optimiser's fault and not the width's.
@@ -49,8 +50,8 @@ def build_parser():
     parser.add_argument("--widths", type=positive_int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="hidden units")
     add_seeds(parser, [0, 1, 2, 3], "one fit for each")
     parser.add_argument("--epochs", type=positive_int, default=1000, help=f"passes over the {TRAIN_POINTS} points")
-    parser.add_argument("--batch-size", type=positive_int, default=64, help="points an update")
-    parser.add_argument("--lr", type=positive_float, default=0.02, help="Adam's rate at the start")
+    parser.add_argument("--batch-size", type=positive_int, default=64, help="points per update")
+    parser.add_argument("--lr", type=positive_float, default=0.02, help="Adam's learning rate at the start")
     parser.add_argument("--activation", choices=ACTIVATIONS, default="tanh", help="of the hidden units")
     return parser
 
@@ -153,7 +154,7 @@ def main(argv=None) -> dict:
 
 
 def slope(error: np.ndarray, widths: list[int]) -> float | None:
-    """The power of the width with which the mean error goes, −0.5 in Barron's bound; None for one width."""
+    """The exponent p of the mean error ∝ width^p, −0.5 in Barron's bound; None for one width."""
     if len(widths) < 2:
         return None
     return float(np.polyfit(np.log(widths), np.log(error.mean(0)), 1)[0])
@@ -172,7 +173,7 @@ def draw_errors(errors: dict, widths: list[int], args):
     for ax, (how, name) in zip(axes.flat, panels, strict=True):
         for index, target in enumerate(TARGETS):
             values = errors[target, how]
-            # A band on a logarithmic axis has no lower edge where the deviation exceeds the mean: there each seed.
+            # With least squares the deviation may exceed the mean, where a band says little: each seed instead.
             mean_std(ax, widths, values if how == "adam" else values.mean(0, keepdims=True), label=target, index=index)
             if how == "lstsq":
                 ax.plot(widths, values.T, ".", color=COLORS[index], alpha=0.4, ms=4)

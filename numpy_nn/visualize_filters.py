@@ -4,7 +4,7 @@
     python numpy_nn/visualize_filters.py --ckpt runs/numpy_nn/train_mnist_numpy/best.npz --digits 3 7
 
 Rebuilds the CNN of train_mnist_numpy.py from best.json beside its weights. The first layer's filters are small enough
-to look at; the deeper ones are seen by what they answer: the feature maps of every layer up to the first fully
+to look at; the deeper ones are shown by their responses: the feature maps of every layer up to the first fully
 connected one, for one validation image of each digit asked for. On 1,000 validation images a map that is zero
 everywhere after its ReLU is counted as dead.
 

@@ -1,7 +1,7 @@
-"""Checkpoints that survive a kill, and that execute nothing when they are read.
+"""Checkpoints that survive a kill, and that execute no code when they are read.
 
 `save` and `load` are for PyTorch (`weights_only=True`: tensors, numbers, strings, lists, dicts), `save_arrays` and
-`load_arrays` for NumPy (`.npz`, no pickle). Writing goes to a file beside, then renames it.
+`load_arrays` for NumPy (`.npz`, no pickle). A file is written under another name, then renamed.
 """
 
 import random
@@ -18,7 +18,7 @@ from shared_utils.runs import replacing
 def save(path: str | Path, *, rng: np.random.Generator | None = None, config: dict | None = None, **state) -> None:
     """Save `state` (say `model=model.state_dict(), optimizer=…, epoch=3`), all random states and the model's `config`.
 
-    rng: the script's NumPy generator, so that a resumed run draws on where this one stopped.
+    rng: the script's NumPy generator, so that a resumed run goes on drawing where this one stopped.
     config: what the model was built with; `load` compares it.
     Errors: `UserError` when it cannot be written; `ValueError` when `load` would refuse it (a NumPy number in `state`:
     give `float(x)`).
@@ -71,7 +71,7 @@ def load(path: str | Path, *, device="cpu", expect: dict | None = None) -> dict:
 
 
 def refuse_other_data(path: str | Path, learned: dict, asked: dict) -> None:
-    """Refuse the model in `path` where a flag in `asked`, by name, differs from what it `learned` from: `UserError`."""
+    """`UserError` where a flag in `asked` (name → value) is not the one that the model in `path` `learned` with."""
     for name, value in learned.items():
         if asked.get(name, value) != value:
             raise UserError(f"{path} was trained with --{name.replace('_', '-')} {value}, not {asked[name]}")

@@ -88,7 +88,7 @@ class ExperimentParser(argparse.ArgumentParser):
             # A value that the namespace already holds beats a default, and a flag in argv beats both.
             parsed, rest = super().parse_known_args(argv, argparse.Namespace(**self.quick))
         parsed.experiment, parsed.script = self.experiment, self.script
-        made_by = [arg for arg in argv if arg != "--resume"]  # it changes when a result comes, not which
+        made_by = [arg for arg in argv if arg != "--resume"]  # it changes how a result is reached, not which
         parsed.command = f"{self.prog} {shlex.join(made_by)}".strip()
         parsed.started = time.perf_counter()
         return parsed, rest
@@ -125,7 +125,9 @@ def make_parser(
     parser = ExperimentParser(doc or "", quick)
     parser.add_argument("--seed", type=seed_number, default=0, help="seed of everything random")
     if device:
-        parser.add_argument("--device", default="auto", help="auto (cuda, mps, cpu), or one of these")
+        parser.add_argument(
+            "--device", default="auto", help="auto (the first present of cuda, mps, cpu), or one of these"
+        )
     if dataset is not None:
         texts = dataset in ("books", "shakespeare", "pydocs")
         names = (
@@ -134,7 +136,7 @@ def make_parser(
             else "mnist, fashion, cifar10, digits or shapes (embedded), or a folder with train/<class>/*.png and test/"
         )
         parser.add_argument("--dataset", default=dataset, help=names)
-        parser.add_argument("--data-dir", "--data", default="data", help="where the data sets are, or are put")
+        parser.add_argument("--data-dir", "--data", default="data", help="where data sets are, or are downloaded to")
     parser.add_argument("--out", help="folder for this run (default: <runs-dir>/<experiment>/<script>)")
     parser.add_argument("--runs-dir", default="runs", help="folder of all runs")
     parser.add_argument("--quick", action="store_true", help="a small run on embedded data, in seconds")
@@ -167,7 +169,7 @@ def add_amp(
 
 
 def run_main(main: Callable[[], dict], build_parser: Callable[[], ExperimentParser]) -> None:
-    """Run a script's `main`: a `UserError` ends as one line and exit code 2, Ctrl-C with how to go on (130)."""
+    """Run a script's `main`: a `UserError` ends with one line and exit code 2, Ctrl-C with how to go on (130)."""
     interrupted = []
 
     def interrupt(*_) -> None:
@@ -180,7 +182,7 @@ def run_main(main: Callable[[], dict], build_parser: Callable[[], ExperimentPars
     try:
         main()
     except (Exception, KeyboardInterrupt) as error:
-        if not interrupted and not isinstance(error, KeyboardInterrupt):  # a library may make another error of Ctrl-C
+        if not interrupted and not isinstance(error, KeyboardInterrupt):  # a library may turn Ctrl-C into another error
             if isinstance(error, UserError):
                 build_parser().error(str(error))
             raise

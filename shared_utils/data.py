@@ -94,7 +94,7 @@ def load_images(name: str, split: str, root: str | Path = "data", shape: tuple[i
 
     shape: the (C, H, W) the caller needs. A folder's images are converted to it; another set that has a different one
         is refused.
-    Errors: `UserError` when the set is unknown, missing and not to be downloaded, damaged, or of another shape.
+    Errors: `UserError` when the set is unknown, missing and cannot be downloaded, damaged, or of another shape.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be train or test, got {split!r}")
@@ -117,7 +117,7 @@ def load_text(name: str, root: str | Path = "data") -> dict[str, str]:
     """Title → text of a set: books, shakespeare, pydocs, or a folder of UTF-8 `*.txt`.
 
     Project Gutenberg's header and footer are cut off.
-    Errors: `UserError` when it is unknown, missing and not to be downloaded, damaged, empty or not UTF-8.
+    Errors: `UserError` when it is unknown, missing and cannot be downloaded, damaged, empty or not UTF-8.
     """
     if name in _BOOKS:
         return {title: _load_book(title, Path(root)) for title in _BOOKS[name]}
@@ -155,7 +155,7 @@ def channel_statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def stratified_order(y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A random permutation of the positions in y whose every prefix has the classes in the proportions of the whole.
 
-    A prefix therefore is a balanced subset, a longer prefix contains it, and prefix and rest are a stratified split.
+    A prefix is therefore a stratified subset, a longer prefix contains it, and prefix and rest are a stratified split.
     """
     shuffled = rng.permutation(len(y))
     _, labels, counts = np.unique(y[shuffled], return_inverse=True, return_counts=True)
@@ -217,9 +217,9 @@ def minibatches(
 
 
 def endless_minibatches(n: int, batch_size: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Full batches of `minibatches`, epoch after epoch, each shuffled anew; of n where batch_size is above n.
+    """Full batches of `minibatches`, epoch after epoch, each shuffled anew; batches of n where batch_size is above n.
 
-    `islice(endless_minibatches(…), updates)` is a training of so many updates.
+    `islice(endless_minibatches(…), updates)` gives the batches of so many updates.
     """
     while True:
         yield from minibatches(n, min(n, batch_size), rng, drop_last=True)
@@ -249,13 +249,13 @@ def _download(name: str, dataset: type, root: Path, folder: str) -> None:
     except Exception as error:  # a broken download raises anything from URLError to tarfile.ReadError
         raise UserError(
             f"{name} is not in {root / folder} and torchvision could not download it ({error}); "
-            f"put its files there, or use --dataset {STAND_INS[name]}, which needs none"
+            f"put its files there, or use --dataset {STAND_INS[name]}, which needs no download"
         ) from None
 
 
 @contextlib.contextmanager
 def network_timeout(seconds: float = 30) -> Iterator[None]:
-    """Downloads inside give up when nothing comes for so long; urllib alone would wait for ever."""
+    """Downloads inside give up when nothing arrives for `seconds`; urllib alone would wait for ever."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -302,7 +302,7 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def read_image(path: str | Path, shape: tuple[int, int, int] | None = None, channels: int | None = None) -> np.ndarray:
-    """An image file as uint8 (C, H, W), upright as the camera meant it; transparency becomes white.
+    """An image file as uint8 (C, H, W), turned as its EXIF tag says; transparency becomes white.
 
     Grey stays one channel, anything else becomes RGB. shape: converted and resized (bilinear) to this (C, H, W).
     channels: converted to 1 or 3, the size kept. Errors: `UserError` when the file is missing or no image.
@@ -351,13 +351,13 @@ def _load_book(title: str, root: Path) -> str:
             path.parent.mkdir(parents=True, exist_ok=True)
             with urllib.request.urlopen(address, timeout=30) as answer:
                 content = answer.read()
-            # Project Gutenberg revises its files: what came down is noted, so that damage to it is found all the same.
+            # Project Gutenberg revises its files: what came has its checksum noted, so that later damage is found.
             if hashlib.md5(content).hexdigest() != expected and b"*** START OF TH" not in content:
                 raise OSError(f"it sent {len(content)} bytes that are not the book")
         except (OSError, http.client.HTTPException) as error:
             raise UserError(
                 f"{path} is missing and {address} could not be read ({error}); put the file there, "
-                "or use --dataset pydocs, which needs none"
+                "or use --dataset pydocs, which needs no download"
             ) from None
         for target, data in ((noted, hashlib.md5(content).hexdigest().encode()), (path, content)):
             with replacing(target) as beside:

@@ -35,7 +35,7 @@ def autocast(device: torch.device, enabled: bool = True) -> torch.autocast:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what it was asked; a CPU has."""
+    """Wait until a GPU has finished its queued work; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -43,7 +43,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes, with what it makes a GPU do."""
+    """How many seconds one call takes, including the work that it queues on a GPU."""
     synchronize(device)
     started = time.perf_counter()
     call()
@@ -55,8 +55,8 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 def cpu_threads(n: int) -> Iterator[None]:
     """Context in which PyTorch's products on the CPU use n threads.
 
-    One is best for small networks: a second gains them nothing, and where another process holds its core the first
-    waits for it at every product (a training of 2 s then took 180 s).
+    One is best for small networks: a second gains nothing, and where another process occupies its core, the first
+    waits for it at every product (a training run of 2 s then took 180 s).
     """
     before = torch.get_num_threads()
     torch.set_num_threads(n)

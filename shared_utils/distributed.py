@@ -40,14 +40,14 @@ class World:
         return self.rank == 0
 
     def check(self, batch_size: int) -> None:
-        """Errors: `UserError` for a batch that does not divide evenly: its mean would not be the mean of its parts'."""
+        """Errors: `UserError` for a batch that does not divide evenly: its mean is not the mean of its parts' means."""
         if batch_size % self.size:
             raise UserError(f"--batch-size {batch_size} does not divide among {self.size} processes")
 
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[World]:
-    """Join torchrun's process group (nccl on CUDA, gloo elsewhere), or be alone without torchrun; leave it at the end.
+    """Join torchrun's process group (nccl on CUDA, gloo elsewhere), or run alone without torchrun; leave it at the end.
 
     With several GPUs each process takes the one of its local rank.
     """
@@ -65,14 +65,14 @@ def process_group(device: str = "auto") -> Iterator[World]:
         dist.barrier()  # none leaves while another still needs it
     finally:
         dist.destroy_process_group()
-        # What still holds the group (DDP, in reference cycles) must let go of it while Python is whole: gloo's threads
-        # may need the interpreter to end, and abort the process when it is gone.
+        # What still holds the group (DDP, in reference cycles) must release it while the interpreter is alive: gloo's
+        # threads may need it in order to end, and abort the process once it is gone.
         atexit.register(gc.collect)
 
 
 @contextmanager
 def main_first(world: World) -> Iterator[None]:
-    """What stands inside, a download say, the main process does before the others."""
+    """The main process runs the block (a download, say) before the others do."""
     if not world.is_main:
         dist.barrier()
     yield

@@ -11,8 +11,8 @@ SHAPES = ("circle", "ring", "triangle", "square", "star", "cross", "crescent", "
 def digits(split: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...], str]:
     """scikit-learn's 1,797 handwritten digits, enlarged from 8×8 to 20×20 and centred in 28×28 as MNIST's are.
 
-    The first 1,437 are for training, the last 360 for the test: the file is in the order of writing, so that the
-    split keeps most writers apart. Source: Alpaydin and Kaynak, UCI optical recognition of handwritten digits.
+    The first 1,437 are for training, the last 360 for the test: the file is in the order of collection, so that
+    the split keeps most writers apart. Source: Alpaydin and Kaynak, UCI optical recognition of handwritten digits.
     """
     from sklearn.datasets import load_digits
 

@@ -2,8 +2,8 @@
 
     (f(x + h e_i) − f(x − h e_i)) / 2h  =  ∂f/∂x_i + O(h²) + O(ε/h),    f = ⟨dy, forward(x)⟩
 
-h = 1e-5 balances truncation against float64's round-off ε = 2.2e-16. The upstream gradient dy is random: one of
-all ones would make BatchNorm's and softmax's true gradient zero, and then any code passes.
+h = 1e-5 balances truncation against float64's round-off ε = 2.2e-16. The upstream gradient dy is random: with
+all ones BatchNorm's and softmax's true gradient is zero, which many a wrong backward pass returns as well.
 Source: CS231n notes, "Gradient checks".
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-ZERO = 1e-10  # a gradient below this everywhere is what central differences cannot tell from none
+ZERO = 1e-10  # central differences cannot tell a gradient that is below this everywhere from zero
 
 
 def numerical_gradient(f: Callable[[], float], x: np.ndarray, h: float = 1e-5) -> np.ndarray:

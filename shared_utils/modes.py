@@ -1,4 +1,4 @@
-"""A network asked in evaluation mode, without forgetting that it was training."""
+"""A network run in evaluation mode for a while, then put back into the mode it was in."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -26,7 +26,7 @@ def orthogonalize(matrix: Tensor, steps: int = 3) -> Tensor:
     x = matrix.bfloat16()
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT  # the products below are of the short side
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value is above Frobenius' norm
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value exceeds the Frobenius norm
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x  # a σ + b σ³ + c σ⁵

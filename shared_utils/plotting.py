@@ -50,7 +50,7 @@ def new_figure(
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = 110) -> None:
-    """Write `figure` as a PNG, in one step. The same figure gives the same bytes."""
+    """Write `figure` as a PNG, atomically. The same figure gives the same bytes."""
     with replacing(path) as beside:
         figure.savefig(beside, format="png", dpi=dpi, metadata={"Software": None})
 
@@ -88,7 +88,7 @@ def mean_std(
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Of the values of each update, (U, …), the mean over the updates up to 10 % before and after it."""
+    """For each update, the mean of `values`, (U, …), over the updates up to 10 % before and after it."""
     step = np.arange(1, len(values) + 1)
     first, end = np.ceil(step / 1.1).astype(int) - 1, np.minimum((step * 1.1).astype(int), len(values))
     sums = np.concatenate([np.zeros_like(values[:1], dtype=np.float64), values.cumsum(0, dtype=np.float64)])

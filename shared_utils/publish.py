@@ -5,15 +5,15 @@
     python -m shared_utils.publish --tables
 
 Copies metrics.json and the PNGs of each declared run that `runs/` holds; a quick run, and one with other flags than
-the declared ones, is refused. `--tables` rewrites the READMEs alone. No number in a README is typed by hand; it stands
+the declared ones, is refused. `--tables` only rewrites the READMEs. No number in a README is typed by hand; each stands
 between markers, comments that no reader sees:
 
     <!-- runs --> … <!-- /runs -->                        in an experiment's README: each published run, a row each
-    <!-- results --> … <!-- /results -->                  in the first README: those with `first_page`
+    <!-- results --> … <!-- /results -->                  in the root README: those with `first_page`
     <!-- table train errors: step | accuracy:.2% --> … <!-- /table -->    a list of rows in metrics.json, these columns
     <!-- value train {test_accuracy:.2%} --> … <!-- /value -->            a format string over metrics.json
 
-`train` is a run's name; in the first README it is `experiment/train`.
+`train` is a run's name; in the root README it is `experiment/train`.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def readmes() -> list[Path]:
 
 
 def render(readme: Path) -> str:
-    """The README's text as the published metrics.json files want it. Errors: `UserError` names the marker."""
+    """The README's text with the numbers of the published metrics.json files. Errors: `UserError` names the marker."""
     home = "" if readme.parent == ROOT else readme.parent.name
 
     def rewrite(marked: re.Match) -> str:
@@ -147,7 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m shared_utils.publish", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="folders to publish")
-    parser.add_argument("--only", nargs="+", metavar="RUN", help="these runs alone")
+    parser.add_argument("--only", nargs="+", metavar="RUN", help="only these runs")
     parser.add_argument("--runs-dir", default="runs", help="folder of all runs (default: runs)")
     parser.add_argument("--tables", action="store_true", help="copy nothing, rewrite the READMEs")
     return parser

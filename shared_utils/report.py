@@ -1,6 +1,6 @@
 """The page that `reproduce` writes: per experiment the question, the commands, the numbers and the figures.
 
-Self-contained: figures are inlined, nothing comes from a network. It reads what the runs wrote and nothing else.
+Self-contained: figures are inlined, nothing comes from a network. It reads experiment.json and what the runs wrote.
 """
 
 import base64

@@ -12,10 +12,10 @@ Each experiment folder declares its runs in `experiment.json`, in the order in w
 
 `after`, beside them, names the experiments whose outputs a folder reads: they are made first, also under `--only`.
 `name` is the run's folder; where it differs from the script's own name, `--out` is passed. `{runs}` in an argument is
-the folder of all runs. `quick` may hold other arguments for the quick run. `first_page` puts the run into the first
-README's table. `minutes` is what the full run takes on two cores, `headline` a format string over metrics.json. One
-process serves a folder, so that PyTorch is loaded once; a failure ends that run alone. Quick runs are too small for
-several threads: then as many folders are under way as there are cores, each on one.
+the folder of all runs. `quick` may hold other arguments for the quick run. `first_page` puts the run into the root
+README's table. `minutes` is what the full run takes on two cores, `headline` a format string over metrics.json. The
+runs of a folder share a process, so that PyTorch is loaded once; a failure ends only that run. Quick runs are too small
+for several threads: with `--quick` as many folders run at once as there are cores, one thread each.
 
 `--resume` leaves out what is finished: runs whose metrics.json was made by the declared command and that did not fail
 when they were last asked for. A run that was stopped goes on from its checkpoint where its script can.
@@ -61,7 +61,7 @@ class Declared:
         return f"{self.experiment}.{Path(self.script).stem}"
 
     def command(self, runs_dir: Path, quick: bool) -> str:
-        """As config.json and metrics.json tell it."""
+        """The command line, as config.json and metrics.json record it."""
         return f"python {self.experiment}/{self.script} {shlex.join(self.argv(runs_dir, quick))}".strip()
 
     def argv(self, runs_dir: Path, quick: bool) -> list[str]:
@@ -114,7 +114,7 @@ def in_order(names: list[str]) -> list[str]:
 
 
 def wrote(run: Declared, runs_dir: Path, quick: bool, filename: str) -> bool:
-    """Whether the declared command wrote this file of the run's folder: config.json at first, metrics.json at last."""
+    """Whether the declared command wrote this file of the run's folder, config.json (first) or metrics.json (last)."""
     path = run.folder(runs_dir) / filename
     about = read_json(path) if path.exists() else {}
     return about.get("run", about).get("command") == run.command(runs_dir, quick)
@@ -159,7 +159,7 @@ def perform(run: Declared, runs_dir: Path, quick: bool, resume: bool = False) ->
 
 
 def perform_all(experiment: str, runs_dir: Path, quick: bool, resume: bool = False) -> None:
-    """Make an experiment's runs in order, a line each, but those that `outcomes.json` has; it is kept as it goes."""
+    """Make an experiment's runs in order, a line each, except those in `outcomes.json`, which is updated after each."""
     file = runs_dir / experiment / "outcomes.json"
     outcomes = read_json(file) if file.exists() else {}
     for run in declared_runs(experiment):
@@ -202,7 +202,7 @@ def begin_and_wait(experiments: list[str], at_once: int, start: Callable[[str], 
                 ended[name] = under_way.pop(name).returncode
                 order.done(name)
     finally:
-        for process in under_way.values():  # after Ctrl-C, of which they hear too
+        for process in under_way.values():  # after Ctrl-C, which reaches them too
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1)
             process.kill()

@@ -33,7 +33,7 @@ _OF_ONE_RUN = ("metrics.json", "history.csv", "*last.pth", "last.npz")
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a path to write to, beside `path`; rename it over `path` at the end, so that no half file is ever seen.
+    """Yield a path to write to, beside `path`; rename it over `path` at the end: no half-written file is ever seen.
 
     Errors: `UserError` with the system's reason when it cannot be written (a full disk, no permission).
     """
@@ -50,14 +50,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, value: dict) -> None:
-    """Write `value` (NumPy numbers and arrays are converted; NaN is refused with `ValueError`) in one step."""
+    """Write `value` (NumPy numbers and arrays are converted; NaN is refused with `ValueError`) atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_to_plain)
     with replacing(path) as beside:
         beside.write_text(text + "\n", encoding="utf-8")
 
 
 def write_csv(path: str | Path, rows: list[dict]) -> None:
-    """Write `rows`, at least one and all with the same keys, as a table below a header, in one step."""
+    """Write `rows`, at least one and all with the same keys, as a table below a header, atomically."""
     with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -131,7 +131,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, folder: Path, lock, writes: bool):
         self.folder, self.writes, self._args, self._lock = folder, writes, args, lock
-        self._commit = commit()  # as the run starts: files may change under a long one
+        self._commit = commit()  # as the run starts: files may change during a long one
         self._seconds_before = 0.0  # of the processes whose work this one goes on with
 
     def path(self, name: str) -> Path:
@@ -166,7 +166,7 @@ class Run:
     def row(self, **key) -> dict[str, str] | None:
         """The first row of `history()` in which the columns `key` have these values, or None: say `arm="none", seed=0`.
 
-        A study so leaves out the trainings that an earlier process has done.
+        A resumed study thus skips the training runs that an earlier process has finished.
         """
         wanted = {name: str(value) for name, value in key.items()}
         return next((row for row in self.history() if wanted.items() <= row.items()), None)
@@ -185,8 +185,8 @@ class Run:
     def finish(self, metrics: dict) -> dict:
         """Write `metrics.json`, which also says how it came about, and return its content.
 
-        `run` says the command, data set, machine and commit, and the seconds; a resumed run's are those of all its
-        processes, of each that was stopped up to its last row in the history. Same seed and machine: the same metrics,
+        `run` holds the command, data set, machine, commit and seconds; a resumed run's seconds are those of all its
+        processes, each stopped one counted up to its last row in the history. Same seed and machine: the same metrics,
         timings aside.
         """
         args = self._args
@@ -209,7 +209,7 @@ class Run:
 
 
 def start_run(args: argparse.Namespace, *, writes: bool = True) -> Run:
-    """Make the run's folder and write `config.json`; an earlier run's metrics, history and last checkpoint go.
+    """Make the run's folder and write `config.json`; an earlier run's metrics, history and last checkpoint are deleted.
 
     With `--resume` they stay, and the flags must be those of the run that is resumed (where it runs may differ).
     `writes=False` (ranks above 0) touches nothing.
@@ -242,7 +242,7 @@ def start_run(args: argparse.Namespace, *, writes: bool = True) -> Run:
         worked = run.path("history.csv").stat().st_mtime - (folder / "config.json").stat().st_mtime
         run._seconds_before = then.get("seconds_before", 0.0) + max(0.0, worked)
     if resumes:
-        run.rewind(len(run.history()))  # a row that was written by half would swallow the next one
+        run.rewind(len(run.history()))  # a half-written row would swallow the next one
     about = {"command": args.command, "commit": run._commit, "versions": versions()}
     about["machine"] = machine(str(getattr(args, "device", "cpu")))
     write_json(folder / "config.json", {**about, "seconds_before": run._seconds_before, "flags": flags})
@@ -292,7 +292,7 @@ def machine(device: str = "cpu") -> str:
 
 
 def _lock(folder: Path):
-    """Hold the folder until the run ends, however it ends: the system lets go of the lock with the process."""
+    """Hold the folder until the run ends, however it ends: the system releases the lock with the process."""
     try:
         import fcntl
     except ImportError:  # Windows has no flock; there the guard is missing
@@ -307,7 +307,7 @@ def _lock(folder: Path):
 
 
 def _read_history(path: Path) -> tuple[list[str], list[list[str]]]:
-    """Header and complete rows of a history; what a kill left half written is not there."""
+    """Header and complete rows of a history; a row that a kill left half-written is dropped."""
     if not path.exists():
         return [], []
     text = path.read_text(encoding="utf-8")

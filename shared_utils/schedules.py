@@ -6,7 +6,7 @@ import math
 def one_cycle(step: int, updates: int, peak: float, rise: float = 0.25) -> float:
     """The learning rate of update `step` (from 0) of `updates`: up to `peak` along half a cosine, down to 0 again.
 
-    rise: the part of all updates in which it goes up. Source: Smith 2018.
+    rise: the fraction of all updates in which it goes up. Source: Smith 2018.
     """
     rise = max(1.0, rise * updates)
     at = min(1, (step + 1) / rise) if step < rise else 1 + (step - rise) / (updates - rise)  # 0 … 1 up, 1 … 2 down

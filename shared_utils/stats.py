@@ -1,4 +1,4 @@
-"""Is a difference one? Intervals for a proportion, a test for two classifiers, mean and spread over seeds."""
+"""Is a difference real? Intervals for a proportion, a test for two classifiers, mean and spread over seeds."""
 
 import math
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """What a text costs without a network: compressors; and how much of a text is words, how much is copied.
 
-bz2 looks back over its blocks of 900,000 bytes alone: it knows little of a long training text; xz over 64 MiB.
+bz2 sees no further back than its block of 900,000 bytes, so little of a long training text; xz sees 64 MiB.
 Shapes: W words.
 """
 
@@ -28,7 +28,7 @@ def words_of(text: str) -> list[str]:
 def longest_copy(text: Sequence[str], known: Sequence[str]) -> list[str]:
     """The longest run of words of `text` (W,) that stands in `known` as well; empty when they share none.
 
-    A run that is there has all its beginnings there, so that its length is found by halving.
+    Where a run is copied, all its prefixes are, so that the length is found by bisection.
     """
     shortest, longest, found = 0, min(len(text), len(known)), []
     while shortest < longest:

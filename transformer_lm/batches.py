@@ -127,8 +127,8 @@ def sliding_losses(
 ) -> Tensor:
     """The loss of every token of a text, ids (N,), in windows that move on by `stride` tokens: (N,), nats.
 
-    Of each window only the tokens count that the one before has not seen, so that all but the first have at least
-    context − stride tokens to go by. Errors: `ValueError` when the windows would leave tokens out.
+    Of each window only the tokens count that the one before has not seen, so that all but the first window's have at
+    least context − stride tokens to go by. Errors: `ValueError` when the windows would leave tokens out.
     """
     length, n = min(model.context, len(ids)), len(ids)
     if not 1 <= stride <= model.context:

@@ -11,7 +11,7 @@ dropout, whose random numbers model.py draws in its own way, the rest of both is
 bfloat16, and on the paragraphs of the text, padded, against its windows, packed.
 
 Writing, milliseconds for the next token against how many are there, one text: with the keys and values of the earlier
-tokens kept, and computing all of them anew. Both draw the same tokens.
+tokens cached, and with all of them computed anew. Both choose the same tokens.
 
 Each is measured in turn with the others, `--repeats` times; the least time counts.
 Writes training_speed.png, generation_speed.png, metrics.json. Data: prepare_data.py.

@@ -1,4 +1,4 @@
-"""Byte-pair encoding: words become pieces, the commonest of which were merged first.
+"""Byte-pair encoding: words become pieces, of which the most frequent pairs were merged first.
 
     normalised   "The Café isn't…"  →  "the cafe isn't…"       decomposed (NFD), lower case, accents stripped
     split        the | ␣cafe | ␣isn | ' | t | …                 at spaces, every punctuation mark by itself
@@ -75,11 +75,11 @@ class BPE:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens there are, the special ones among them."""
+        """How many tokens there are, the special ones included."""
         return self._tokenizer.get_vocab_size()
 
     def normalize(self, text: str) -> str:
-        """What of a text its tokens keep."""
+        """The text as its tokens keep it: decomposed, lower case, without accents."""
         return self._tokenizer.normalizer.normalize_str(text)
 
     def encode(self, text: str) -> np.ndarray:

@@ -4,8 +4,8 @@
     corpus.parts["train"].ids                                   # int64 (T,), one paragraph after the other
     save(corpus, folder); corpus = load(folder)
 
-A passage is some paragraphs in a row, of `PASSAGE` characters or more. Whole passages go to one part: were it single
-paragraphs, the test would ask for the other half of a conversation that training has seen. Tokens are learned from the
+A passage is some paragraphs in a row, of `PASSAGE` characters or more. Whole passages go to one part: with single
+paragraphs the test would contain the other half of a conversation that training has seen. Tokens are learned from the
 training passages alone.
 Shapes: T tokens, P paragraphs.
 """
@@ -24,7 +24,7 @@ from transformer_lm.tokens import Tokens, load_tokens, make_tokens
 
 PARTS = ("train", "val", "test")
 PASSAGE = 4000  # characters
-HELD_OUT = 0.05  # of each book's characters, for validation, and as many for the test
+HELD_OUT = 0.05  # of each book's passages, for validation, and as many for the test
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Part:
     """A part's token ids (T,), and where each paragraph ends, (P,).
 
     books: title → its first paragraph and the one after its last. counts: title → bytes, characters, words, tokens of
-    the normalised text; words are what spaces part.
+    the normalised text; words are separated by white space.
     """
 
     ids: np.ndarray

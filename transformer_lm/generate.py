@@ -6,7 +6,7 @@
 
 Each new token is drawn from what the model expects, softmax(logits / temperature): at 1 as it was trained, below 1 the
 likelier ones more often, at 0 always the likeliest. `--top-k` draws from the k likeliest alone, `--top-p` from the
-fewest of these whose probabilities add up to p. A prompt longer than the model's context is seen from its end.
+fewest of these whose probabilities add up to p. Of a prompt longer than the model's context only the end is seen.
 
 Writes generated.txt, metrics.json (`--interactive` answers on the terminal instead).
 Sources: Fan et al. 2018 (top k); Holtzman et al. 2020 (top p).

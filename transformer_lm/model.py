@@ -110,7 +110,7 @@ def attention_weights(q: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])  # (B, H, T, S)
     if allowed is None:
         allowed = causal(q.shape[2], k.shape[2], q.device)
-    mask = scores.new_zeros(allowed.shape).masked_fill(~allowed, -math.inf)  # to add is faster than to fill all heads
+    mask = scores.new_zeros(allowed.shape).masked_fill(~allowed, -math.inf)  # adding is faster than filling all heads
     return (scores + mask).softmax(-1)
 
 
@@ -120,7 +120,7 @@ def causal(t: int, s: int, device: torch.device) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and a network of two layers at each position, each added to what came in: (B, T, d) → (B, T, d)."""
+    """Attention and a feed-forward network at each position, each with a residual connection: (B, T, d) → (B, T, d)."""
 
     def __init__(self, attention: Attention, d_model: int, d_ff: int, dropout: float, modern: bool):
         super().__init__()
@@ -142,7 +142,7 @@ class Block(nn.Module):
 class TransformerLM(nn.Module):
     """Tokens int64 (B, T) → logits (B, T, V) of the token that follows each.
 
-    tied: the output weights are the embedding. Errors: `UserError` for a size that makes no network.
+    tied: the output weights are the embedding. Errors: `UserError` for an invalid size.
     """
 
     def __init__(

@@ -3,9 +3,9 @@
     P_k(w | h) = max(c_k(h w) − D_k, 0) / c_k(h ·)  +  D_k N(h ·) / c_k(h ·) · P_{k−1}(w | h')
 
 h are the k − 1 tokens before w, h' those without the first, N(h ·) how many different tokens follow h. c_k counts how
-often k tokens stand in the text where k is the order; below it, how many different tokens stand before them:
+often k tokens occur in the text where k is the order; below it, how many different tokens precede them:
 "Francisco" is frequent, but follows one word. Where h never occurred, P_k = P_{k−1}; P_0 = 1 / V. With n_i the number
-of k-grams whose count is i, D_k = n_1 / (n_1 + 2 n_2), or ½ where none is 1: nothing is ever impossible.
+of k-grams whose count is i, D_k = n_1 / (n_1 + 2 n_2), or ½ where n_1 is 0: nothing is ever impossible.
 
 How it is computed: k-grams are numbered, so that one is a pair (number of its first k − 1 tokens, last token), which is
 a single whole number. In "a b a c" with ^ for the start and order 2 the 2-grams are ^a, ab, ac, ba, each with c_2 = 1;

@@ -10,7 +10,7 @@ first nine tenths of the characters to train on, the rest to validate, no test.
 
 Tokens are pieces of words by default (`bpe`: lower case, no accents; bpe.py), bytes, or characters. They are learned
 from the training passages. The figure shows how often each is used: Zipf's law says that the r-th most frequent word
-occurs about 1/r as often as the first, and its last thousands are hardly learned from.
+occurs about 1/r as often as the first; from the rarest tokens hardly anything is learned.
 
 Writes train.npy, train_ends.npy, val.npy, val_ends.npy, test.npy, test_ends.npy, tokenizer.json, meta.json, zipf.png,
 metrics.json.

@@ -5,8 +5,8 @@
     tokens.decode(ids)                                # "Größe"
 
 All of them have `kind`, `vocab_size`, `pad`, `start` (what stands before a text), `normalize`, `encode`, `decode`,
-`name`, `save`. Bytes lose nothing. Bits per byte compare models of the same text: byte pairs' is in lower case and
-without accents, which makes it easier; `--vocab-size 261` gives that text's bytes.
+`name`, `save`. Bytes lose nothing. Bits per byte compare models of the same text; byte pairs' text is in lower case
+and without accents, which makes it easier; `--vocab-size 261` gives that text's bytes.
 """
 
 import json
@@ -59,7 +59,7 @@ class Characters:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens there are, the special ones among them."""
+        """How many tokens there are, the special ones included."""
         return 2 + len(self.alphabet)
 
     def normalize(self, text: str) -> str:

@@ -5,13 +5,13 @@
     python transformer_lm/train.py --data runs/chars --pack --modern --optimizer muon --out runs/transformer_lm/chars
     torchrun --nproc_per_node 2 transformer_lm/train.py --pack --amp
 
-Each position is to say which token comes next (model.py); AdamW lowers the mean cross-entropy, its gradient cut to a
-norm of 1. An update learns from `--batch-size` paragraphs, padded to the longest of them, or with `--pack` from as many
-windows of the text, in which every position carries loss (batches.py). Weights decay; norms, biases and embeddings do
-not. Paragraphs are never joined, while the validation's windows go on from one to the next, as packed training does.
-`--schedule cosine` raises the rate over `--warmup` updates, then lowers it to 0 along half a cosine.
-`--optimizer muon` takes orthogonal steps in the blocks' matrices, at `--muon-lr`, holds their norms (which replaces how
-large they began, and their decay; shared_utils/muon.py), and leaves the rest to AdamW.
+Each position is to say which token comes next (model.py); AdamW lowers the mean cross-entropy, its gradient clipped to
+a norm of 1. An update learns from `--batch-size` paragraphs, padded to the longest of them, or with `--pack` from as
+many windows of the text, in which every position carries loss (batches.py). Weights decay; norms, biases and embeddings
+do not. Paragraphs are never joined, while the validation's windows go on from one to the next, as packed training does.
+The learning rate rises over `--warmup` updates; `--schedule cosine` then lowers it to 0 along half a cosine.
+`--optimizer muon` takes orthogonal steps in the blocks' matrices, at `--muon-lr`, holds their norms (which replaces
+their initial scale and their weight decay; shared_utils/muon.py), and leaves the rest to AdamW.
 
 The loss of all validation tokens, in windows that do not overlap, is measured every `--eval-every` updates and chooses
 the weights that are kept. 1 nat per token is 1.44 bits; evaluate.py turns it into bits per byte.
@@ -79,7 +79,7 @@ def build_parser():
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of the blocks' matrices")
     parser.add_argument("--lr", type=positive_float, default=3e-4, help="AdamW's (highest) learning rate")
     parser.add_argument("--muon-lr", type=positive_float, default=0.1, help="Muon's, in units of singular values")
-    parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant", help="of the rates")
+    parser.add_argument("--schedule", choices=("constant", "cosine"), default="constant", help="of the learning rates")
     parser.add_argument("--warmup", type=non_negative_int, default=0, help="updates in which the rate rises from 0")
     parser.add_argument("--weight-decay", type=non_negative_float, default=0.01, help="of AdamW's weight matrices")
     parser.add_argument("--eval-every", type=positive_int, default=250, help="updates between two validations")
@@ -101,7 +101,7 @@ def main(argv=None) -> dict:
 
 
 def share_of_rate(args: argparse.Namespace, update: int) -> float:
-    """How much of its highest rate an update, from 0, takes: 0 … 1."""
+    """The fraction of its highest learning rate that an update, counted from 0, takes: 0 … 1."""
     if update < args.warmup:
         return (update + 1) / args.warmup
     if args.schedule == "constant":

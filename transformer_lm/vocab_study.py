@@ -5,16 +5,16 @@
 
 A larger vocabulary writes the text in fewer tokens, so that an update reads more of it; but the output layer costs
 more, and each token is seen less often. For every size prepare_data.py learns the tokens and train.py trains the
-default model (`--pack --amp --optimizer muon --schedule cosine`) with as many updates as make the floating-point
+default model (`--pack --amp --optimizer muon --schedule cosine`) with as many updates as cost the floating-point
 operations of `--updates` updates at the middle of the sizes; for a token
 
     operations ≈ 6 · (weights of all products: blocks, output) + 12 · layers · heads · head width · context
 
-forward and backward. Each size has the better of the rates `--lrs` on the validation text, on which the best size is
-chosen too, and a rate that diverges is out; its bits per byte are those of the test text, the same text for all. They
-are measured in windows that move on by a quarter: all see about as many tokens, which for a small vocabulary is less of
-the text. Beside them stand Kneser-Ney over the same tokens, and the part of the drawn words that are words of the
-training text. 261 tokens are the bytes alone.
+forward and backward. Each size has the best of the learning rates `--lrs` on the validation text, on which the best
+size is chosen too, and a rate that diverges is out; its bits per byte are those of the test text, the same text for
+all. They are measured in windows that move on by a quarter: all see about as many tokens, which for a small vocabulary
+is less of the text. Beside them stand Kneser-Ney over the same tokens, and the part of the drawn words that are words
+of the training text. 261 tokens are the bytes alone.
 
 Writes data_SIZE/ (as prepare_data.py), train_SIZE_LR_SEED/ (as train.py), vocab_study.png, history.csv, metrics.json.
 With --resume a study that was stopped goes on where it was.
@@ -57,7 +57,7 @@ def build_parser():
     sizes = [512, 1024, 2048, 4096, 8192, 16384]
     parser.add_argument("--vocab-sizes", type=positive_int, nargs="+", default=sizes, help="261 are the bytes alone")
     add_seeds(parser, [0], "one training each per size and rate")
-    parser.add_argument("--updates", type=positive_int, default=500, help="at the middle of the sizes")
+    parser.add_argument("--updates", type=positive_int, default=500, help="updates at the middle of the sizes")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="windows of an update")
     parser.add_argument(
         "--lrs", type=positive_float, nargs="+", default=[0.003, 0.01], help="AdamW's, of embeddings and output"
