@@ -4,16 +4,17 @@
     python cnn_cifar/adversarial_training.py --model resnet18 --epochs 30 --device cuda
     python cnn_cifar/adversarial_training.py --model allcnn --epochs 30 --steps 7 --device cuda
 
-Two networks of one kind begin with the same weights and see the same images in the same order. One learns from the
-images, the other from images moved so that its own loss rises (Madry et al. 2018):
+Two networks of one architecture begin with the same weights and see the same images in the same order. One learns from
+the images, the other from images perturbed so that its own loss rises (Madry et al. 2018):
 
     standard     min_θ E L(f_θ(x), y)              adversarial     min_θ E max_{‖δ‖∞ ≤ ε} L(f_θ(x + δ), y)
 
-`--steps 1` moves them by one step from a noisy place, δ = η + ε sign ∇ₓ L(f(x + η), y) with η uniform in ±2ε, not cut
-to the ball: cutting lets a network learn to bend its loss at that one step alone, and fall to any other ("catastrophic
-overfitting"; de Jorge et al. 2022). More steps are PGD's, in the ball. After each epoch PGD-10 attacks validation
-images, which would show such a fall and choose the epoch. At the end both networks meet test images under FGSM, PGD-20,
-and 10 random starts of PGD-50 for those that still stand; noise of the same size is the control.
+`--steps 1` takes one step from a noisy start, δ = η + ε sign ∇ₓ L(f(x + η), y) with η uniform in ±2ε, not projected
+to the ball: with projection a network may learn to resist that single step and no other attack ("catastrophic
+overfitting"; de Jorge et al. 2022). With more steps it is PGD, within the ball. After each epoch PGD-10 attacks
+validation images: it would reveal such a collapse, and it chooses the adversarial network's epoch. At the end both
+networks are tested under FGSM, PGD-20 and, on the images that are still classified correctly, 10 random starts of
+PGD-50; noise of the same size is the control.
 
 Writes standard_best.pth, standard_last.pth, adversarial_best.pth, adversarial_last.pth, robustness.png,
 input_gradients.png, history.csv, metrics.json.
@@ -57,18 +58,20 @@ def build_parser():
     quick = {"epochs": 1, "width": 8, "val_size": 3000, "watched": 40, "images": 20, "restarts": 1}
     parser = make_parser(__doc__, dataset="cifar10", quick=quick)
     add_data_flags(parser, batch_size=128, val_size=5000)
-    parser.add_argument("--model", choices=("fast_net", "allcnn", "resnet18"), default="fast_net", help="of both")
+    parser.add_argument(
+        "--model", choices=("fast_net", "allcnn", "resnet18"), default="fast_net", help="architecture of both"
+    )
     parser.add_argument(
         "--width", type=positive_int, help="channels of its first block (default: allcnn 96, others 64)"
     )
-    parser.add_argument("--epochs", type=positive_int, default=12, help="passes over the training images, of each")
+    parser.add_argument("--epochs", type=positive_int, default=12, help="passes over the training images, for each")
     parser.add_argument("--lr", type=positive_float, default=0.2, help="the highest learning rate of one cycle")
-    parser.add_argument("--weight-decay", type=non_negative_float, default=5e-4, help="of weights, not of biases")
-    parser.add_argument("--eps", type=positive_float, default=8.0, help="how far a pixel may move, of 255")
-    parser.add_argument("--steps", type=positive_int, default=1, help="of the attack trained against; above 1: PGD")
+    parser.add_argument("--weight-decay", type=non_negative_float, default=5e-4, help="not of biases and BatchNorm")
+    parser.add_argument("--eps", type=positive_float, default=8.0, help="largest change of a pixel, in units of 1/255")
+    parser.add_argument("--steps", type=positive_int, default=1, help="of the attack used in training; above 1: PGD")
     watched = "validation images that PGD-10 attacks after each epoch"
     parser.add_argument("--watched", type=positive_int, default=500, help=watched)
-    parser.add_argument("--images", type=positive_int, default=1000, help="test images that PGD gets")
+    parser.add_argument("--images", type=positive_int, default=1000, help="test images that PGD attacks")
     parser.add_argument("--restarts", type=positive_int, default=10, help="random starts of PGD-50 at the end")
     add_amp(parser, "train in bfloat16, with float32 parameters", default=True)
     parser.add_argument("--resume", action="store_true", help="go on from the last epoch")
@@ -76,7 +79,7 @@ def build_parser():
 
 
 def network_config(model: str, width: int | None, num_classes: int) -> dict:
-    """What a checkpoint says of the network that the flags ask for."""
+    """The `config` in a checkpoint of the network that the flags ask for."""
     w = width or (96 if model == "allcnn" else 64)
     sizes = {
         "fast_net": {"network": "fast_net", "widths": [w, 2 * w, 4 * w]},
@@ -87,7 +90,7 @@ def network_config(model: str, width: int | None, num_classes: int) -> dict:
 
 
 def moved(network: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, generator: Generator) -> Tensor:
-    """The images x (B, 3, H, W) of [0, 1] that the adversarial network learns from, in place of x."""
+    """What the adversarial network learns from in place of the images x (B, 3, H, W) of [0, 1]."""
     if steps > 1:
         return pgd(network, x, y, eps, 2.5 * eps / steps, steps, generator=generator)
     noisy = x + 2 * eps * (2 * torch.rand(x.shape, generator=generator, device=x.device) - 1)
@@ -145,7 +148,7 @@ def main(argv=None) -> dict:
 
 
 def last_state(run: Run, kind: str, config: dict) -> dict | None:
-    """What a stopped run left of one network, None for nothing."""
+    """The last checkpoint that a stopped run left of one network, or None."""
     path = run.path(f"{kind}_last.pth")
     return checkpoint.load(path, expect=config) if path.exists() else None
 
@@ -176,7 +179,7 @@ def train(kind: str, state: dict | None, config: dict, data: Data, args: argpars
         epoch_seed = derived_seed(args.seed, epoch)
         torch.manual_seed(epoch_seed)  # dropout's, in All-CNN
         generator = Generator(device).manual_seed(epoch_seed)
-        starts = Generator(device).manual_seed(epoch_seed + 1)  # the attack's: the images stay those of its twin
+        starts = Generator(device).manual_seed(epoch_seed + 1)  # the attack's own: crops and flips stay its twin's
         network.train()
         total_loss, right = torch.zeros((), device=device), torch.zeros((), device=device)  # read once an epoch
         for step, batch in enumerate(batches, start=epoch * per_epoch):
@@ -215,7 +218,7 @@ def train(kind: str, state: dict | None, config: dict, data: Data, args: argpars
 def measure(network: nn.Module, test: Split, some: Split, args: argparse.Namespace) -> dict:
     """The network's accuracies: on all test images as they are and under FGSM, on some of them under the rest.
 
-    strongest: those of `some` that neither PGD-20 nor any start of PGD-50 moves at `--eps`.
+    strongest: on those of `some` still classified correctly after PGD-20 and every start of PGD-50 at `--eps`.
     """
     generator, eps = Generator().manual_seed(args.seed), args.eps / 255
     found = {
@@ -233,7 +236,7 @@ def measure(network: nn.Module, test: Split, some: Split, args: argparse.Namespa
         by_eps.append({"eps": float(size), "accuracy": share(right)})
         if size == args.eps:
             found["PGD-20"], standing = share(right), right
-    left = Split(some.x[standing], some.y[standing])  # an image that has fallen need not be attacked again
+    left = Split(some.x[standing], some.y[standing])  # one already misclassified need not be attacked again
     found["strongest"] = 0.0
     if len(left):
         right = survivors(
@@ -275,7 +278,7 @@ def draw_robustness(rows: list[dict], history: list[dict[str, str]], n: int, eps
 
 
 def draw_gradients(networks: dict[str, nn.Module], test: Split, title: str):
-    """Images, and for each network the gradient of the loss by their pixels, scaled to its largest value."""
+    """Images, and for each network the gradient of the loss with respect to the pixels, scaled to its largest value."""
     x, y = pixels(test.x[:SHOWN]), test.y[:SHOWN]
     rows = {"image": test.x[:SHOWN].cpu().numpy()}
     for kind, network in networks.items():

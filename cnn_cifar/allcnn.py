@@ -11,15 +11,15 @@ momentum; weights decay, biases and BatchNorm's parameters do not:
 
     g ← ∇L + λ W,   v ← μ v + g,   W ← W − η (g + μ v)          μ = 0.9, λ = 0.001
 
-With `--schedule step` η is 0.1, from 40 % of the updates on 0.01, from 80 % on 0.001, however many epochs there are.
-The validation images choose the epoch; the test images come last, for the chosen weights and for those of the last
-epoch. All images lie on the device, and each batch is augmented there at once. `--amp` computes in bfloat16, which is
-about twice as fast on a CPU that has it (benchmark.py). The seconds are those of training and validation.
+With `--schedule step` η is 0.1, then 0.01 from 40 % of the updates on and 0.001 from 80 % on, for any number of epochs.
+The epoch is chosen on the validation images; the test images come last, for the chosen weights and for those of the
+last epoch. All images are on the device, where each batch is augmented as a whole. `--amp` computes in bfloat16, which
+is about twice as fast on a CPU that has it (benchmark.py). The seconds include validation.
 
 Writes allcnn_t_best.pth, allcnn_t_last.pth, training_curves.png, training_curves.json, augmentations_grid.png,
 history.csv, metrics.json.
 With --resume a run that was stopped goes on from allcnn_t_last.pth and ends with the same weights. With several
-processes (torchrun) the batch is shared out, and BatchNorm takes its means over each process's part.
+processes (torchrun) the batch is split among them, and BatchNorm's statistics are those of each process's part.
 Sources: Springenberg et al. 2015; Sutskever et al. 2013 for Nesterov's momentum; Smith 2018 for the cycle.
 Shapes: N images, B batch of one process, K classes.
 """
@@ -58,8 +58,10 @@ def build_parser():
     parser.add_argument("--c2", type=positive_int, default=192, help="channels after the first stride of 2")
     parser.add_argument("--epochs", type=positive_int, default=100, help="passes over the training images")
     parser.add_argument("--lr", type=positive_float, default=0.1, help="the highest learning rate")
-    parser.add_argument("--schedule", choices=("step", "cosine", "onecycle"), default="step", help="of the rate")
-    parser.add_argument("--cutout", action="store_true", help="also paint over a square of each training image")
+    parser.add_argument(
+        "--schedule", choices=("step", "cosine", "onecycle"), default="step", help="of the learning rate"
+    )
+    parser.add_argument("--cutout", action="store_true", help="also erase a square of each training image")
     add_amp(parser)
     parser.add_argument("--compile", action="store_true", help="torch.compile the training step's network")
     parser.add_argument("--resume", action="store_true", help="go on from allcnn_t_last.pth")
@@ -67,7 +69,7 @@ def build_parser():
 
 
 def learning_rate(schedule: str, step: int, updates: int, peak: float) -> float:
-    """The rate of update `step`, from 0, of `updates`.
+    """The learning rate of update `step`, from 0, of `updates`.
 
     step: peak, peak / 10 from 40 % on, peak / 100 from 80 % on. cosine: half a cosine from peak to 0. onecycle: up for
     a quarter of the updates, then down to 0.
@@ -80,7 +82,7 @@ def learning_rate(schedule: str, step: int, updates: int, peak: float) -> float:
 
 
 def augmented(x: Tensor, generator: Generator, cutout: bool) -> Tensor:
-    """uint8 images (B, 3, 32, 32), each flipped, shifted, recoloured at random, with `cutout` partly painted over."""
+    """uint8 images (B, 3, 32, 32), each flipped, shifted, recoloured at random, with `cutout` a square erased."""
     x = random_color_jitter(random_crop(random_flip(x, generator), generator), generator)
     return random_cutout(x, generator, CUTOUT) if cutout else x
 
@@ -107,7 +109,7 @@ def train(args, world) -> dict:
     groups = get_param_groups(model, weight_decay=1e-3)
     optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True, fused=True)
     n = len(data.train)
-    per_epoch = n // args.batch_size  # the images left over are others in each epoch
+    per_epoch = n // args.batch_size  # the images left out differ from epoch to epoch
     updates = args.epochs * per_epoch
     first, best, seconds = 0, {"val_accuracy": -1.0}, 0.0
 

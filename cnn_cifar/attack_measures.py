@@ -1,4 +1,4 @@
-"""How many images survive an attack, and signs that a network hides its gradient instead of being safe.
+"""How many images survive an attack, and signs that a network masks its gradient instead of being robust.
 
 Shapes: N images, B batch, K classes.
 """
@@ -18,7 +18,7 @@ Attack = Callable[[Tensor, Tensor], Tensor]  # (x, y) → x moved, floats of [0,
 
 
 def noise(x: Tensor, eps: float, generator: Generator) -> Tensor:
-    """Each value of x (B, 3, H, W) moved by +eps or −eps at random, within [0, 1]: the control of an attack."""
+    """Each value of x (B, 3, H, W) moved by +eps or −eps at random, within [0, 1]: the control for an attack."""
     coins = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device) < 0.5
     return (x + eps * torch.where(coins, 1.0, -1.0)).clamp(0, 1)
 
@@ -35,7 +35,7 @@ def losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def survivors(model: nn.Module, split: Split, attack: Attack | None = None) -> Tensor:
-    """Which images the network gets right once they are attacked (as they are without an attack): bool (N,)."""
+    """Which images the network gets right under the attack (None: unattacked): bool (N,)."""
     right = []
     for images, y in zip(split.x.split(BATCH), split.y.split(BATCH), strict=True):
         x = pixels(images)
@@ -45,7 +45,7 @@ def survivors(model: nn.Module, split: Split, attack: Attack | None = None) -> T
 
 
 def fgsm_accuracy_again(model: nn.Module, split: Split, eps: float) -> float:
-    """The accuracy under FGSM once more, in ten lines that share nothing with attacks.py: its independent check."""
+    """The accuracy under FGSM again, an independent check in ten lines that share nothing with attacks.py."""
     right = 0
     for images, y in zip(split.x.split(BATCH), split.y.split(BATCH), strict=True):
         x = (images.float() / 255).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -62,9 +62,10 @@ def masking_checks(
 ):
     """What should be seen where gradients are not masked, and what was: rows of check, measured, passes.
 
-    by_eps: accuracies by ε, that in question among them. by_steps: accuracy under PGD with more and more steps.
-    everything: the accuracy under PGD with ε = 1, which allows every image to become any other. What chance may do on
-    a thousand images, a point, is allowed. Source: Athalye, Carlini and Wagner 2018, section 3.1.
+    by_eps: accuracies by ε, `eps` among them. by_steps: accuracy under PGD with more and more steps.
+    everything: the accuracy under PGD with ε = 1, which allows every image to become any other. One
+    percentage point, what chance may do on a thousand images, is tolerated. Source: Athalye, Carlini and Wagner 2018,
+    section 3.1.
     """
     gradients = [
         input_gradient(model, pixels(images), y).flatten(1).abs().amax(1)

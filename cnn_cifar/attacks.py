@@ -1,4 +1,4 @@
-"""Images moved within ±ε of where they are, so that a network takes them for something else.
+"""Attacks: images changed by at most ±ε in each pixel, so that a network misclassifies them.
 
     g = ∇ₓ L(f(x), y)                                              the input gradient; L: cross-entropy
     FGSM            x' = clip(x + ε sign g)
@@ -6,10 +6,10 @@
     PGD             x₀ = clip(x + U(−ε, ε)),    xₜ₊₁ = clip_ε(xₜ + α sign gₜ)
 
 clip cuts to [0, 1], clip_ε to [0, 1] and to [x − ε, x + ε]. The networks take pixels in [0, 1] and normalise them
-inside, so that ε and α are pixel values; 8/255 is usual on CIFAR-10. A step along the sign is the largest rise of the
-linearised loss that ‖δ‖∞ ≤ α allows.
+inside, so that ε and α are pixel values; 8/255 is usual on CIFAR-10. A step of α along the sign raises the
+linearised loss as much as ‖δ‖∞ ≤ α allows.
 
-The networks are asked in evaluation mode, and their own modes put back afterwards; no parameter's `.grad` is touched.
+The networks run in evaluation mode, and their own modes are restored afterwards; no parameter's `.grad` is touched.
 Sources: Goodfellow et al. 2015 (FGSM); Kurakin et al. 2017 (iterative); Madry et al. 2018 (PGD).
 Shapes: B images x (B, 3, H, W) of [0, 1], labels y int64 (B,).
 """
@@ -39,7 +39,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> Tensor:
 
 
 def iterative_fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, alpha: float, steps: int) -> Tensor:
-    """So many steps of size alpha, never further than eps. Errors: as `fgsm`; alpha ≤ 0; steps < 1."""
+    """`steps` steps of size alpha, never further than eps from x. Errors: as `fgsm`; alpha ≤ 0; steps < 1."""
     _check(x, eps, alpha, steps)
     return _last(ascent(model, x, x, y, eps, alpha, steps))
 
@@ -54,10 +54,10 @@ def pgd(
     restarts: int = 1,
     generator: Generator | None = None,
 ) -> Tensor:
-    """The worst of `restarts` ascents, each from another random start within ±eps, for each image by itself.
+    """For each image the worst of `restarts` ascents, each from another random start within ±eps.
 
-    Worst is what is misclassified, and among those the highest loss. generator: that of the starts (torch's own without
-    one). Errors: as `iterative_fgsm`; restarts < 1.
+    A misclassified image is worse than any other; apart from that, the higher loss is worse. generator: it draws the
+    starts (None: torch's own). Errors: as `iterative_fgsm`; restarts < 1.
     """
     _check(x, eps, alpha, steps, restarts)
     worst, worst_score = x, None
@@ -95,8 +95,8 @@ def _last(items: Iterator[Tensor]) -> Tensor:
 def _losses(logits: Tensor, y: Tensor) -> Tensor:
     """The cross-entropy of each image, (B, K) → (B,), as log(1 + exp(log Σ_{j≠y} exp z_j − z_y)).
 
-    It is the same number; but log-softmax's gradient by z_y, p_y − 1, is rounded to 0 in float32 where an answer is
-    sure by 17 nats, which would hide the way out of it.
+    It is the same number; but log-softmax's gradient by z_y, p_y − 1, is rounded to 0 in float32 where z_y
+    exceeds the other logits by 17, which would leave an attack without a direction.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     others = logits.scatter(1, y[:, None], -math.inf).logsumexp(1)

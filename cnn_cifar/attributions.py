@@ -4,14 +4,14 @@
     integrated gradients   Σ over the channels of (x − x̄) · (1/m) Σᵢ ∂z_k/∂x at x̄ + (i − ½)/m · (x − x̄)
     Grad-CAM               Σ_c w_c A_c,   w_c = mean over the positions of ∂z_k/∂A_c
 
-z_k is the logit of class k, x̄ a baseline without content, A the maps of a layer. Integrated gradients add up to
-z_k(x) − z_k(x̄), which is their reason and their test.
+z_k is the logit of class k, x̄ a baseline without content, A the feature maps of a layer. Integrated gradients add up
+to z_k(x) − z_k(x̄) (completeness), which is what they are made for and how they are tested.
 
-A map that looks right proves nothing. It should change when the weights do (`randomized`: the layers forgotten one by
-one, from the logits down), and the pixels it calls important should matter (`curve`: the class's probability when they
-are taken away or put in first), more than those that another image's map calls so. Grad-CAM is usually cut off below 0;
-here that is left to the picture, for a map that is 0 at most pixels puts them in no order.
-Sources: Simonyan et al. 2014; Sundararajan et al. 2017; Selvaraju et al. 2017; Adebayo et al. 2018 (forgotten weights);
+A map that looks right proves nothing. It should change when the weights do (`randomized`: the layers' weights
+shuffled one by one, from the logits down), and the pixels it calls important should matter (`curve`: the class's
+probability when they are taken away or put in first), more than those that another image's map calls important.
+Grad-CAM is usually clipped at 0; here it is not, since a map that is 0 at most pixels does not rank them.
+Sources: Simonyan et al. 2014; Sundararajan et al. 2017; Selvaraju et al. 2017; Adebayo et al. 2018 (shuffled weights);
 Petsiuk et al. 2018 (deletion and insertion).
 Shapes: B images x (B, 3, H, W) of [0, 1], classes k int64 (B,), maps (B, H, W).
 """
@@ -40,7 +40,7 @@ def logit_gradient(model: nn.Module, x: Tensor, k: Tensor) -> Tensor:
 
 
 def input_gradient_map(model: nn.Module, x: Tensor, k: Tensor) -> Tensor:
-    """The largest |∂z_k/∂x| of the channels at each pixel: (B, H, W)."""
+    """The largest |∂z_k/∂x| over the channels at each pixel: (B, H, W)."""
     return logit_gradient(model, x, k).abs().amax(1)
 
 
@@ -54,9 +54,9 @@ def integrated_gradients(model: nn.Module, x: Tensor, k: Tensor, steps: int = 32
 
 
 def grad_cam(model: nn.Module, x: Tensor, k: Tensor, layer: nn.Module) -> Tensor:
-    """Where the maps of `layer` speak for class k, above 0, or against it: (B, H, W), enlarged bilinearly.
+    """Where the maps of `layer` speak for class k (above 0) or against it: (B, H, W), upsampled bilinearly.
 
-    The enlargement spreads the maps evenly over the image; a layer that lost rows to a pooling saw a little less.
+    The maps are stretched over the whole image, though a layer behind a pooling that drops rows sees a little less.
     """
     kept = []
     handle = layer.register_forward_hook(lambda module, given, output: kept.append(output))
@@ -73,9 +73,9 @@ def grad_cam(model: nn.Module, x: Tensor, k: Tensor, layer: nn.Module) -> Tensor
 
 
 def randomized(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Copies of the model with more and more layers forgotten, from the logits down: (the last one's name, the copy).
+    """A copy of the model with one more layer shuffled each time, from the logits down: (the layer's name, the copy).
 
-    A layer is forgotten by drawing its weights anew, as many and as large: a random permutation of them.
+    The layer's weights are permuted at random; biases and BatchNorm's parameters and statistics stay.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     forgotten = deepcopy(model)
@@ -100,7 +100,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> Tensor:
 def curve(model: nn.Module, x: Tensor, k: Tensor, maps: Tensor, parts: int, insert: bool) -> Tensor:
     """The probability of class k with the share 0, 1/parts, … 1 of the pixels taken away, the map's largest first.
 
-    insert: put in instead, beginning with the baseline. Returns (B, parts + 1).
+    insert: the pixels are put into the baseline instead. Returns (B, parts + 1).
     """
     ranked = maps.flatten(1).argsort(dim=1, descending=True, stable=True)  # (B, H W), the largest pixel first
     order = ranked.argsort(1).view_as(maps)  # the rank of each pixel, from 0

@@ -5,9 +5,9 @@
 
 Each comes as a pure function of images and per-image parameters and as a `random_…` one that draws the parameters.
 `flip`, `crop` and `cutout` (an erased square) equal torchvision's image by image, `color_jitter` up to its order and
-rounding, `rotate` but for what comes in at the corners. `random_rand_augment` shares torchvision's operations out among
-the images. They are drawn on the generator's device: from one on the CPU the same everywhere, from one on the images'
-device without a copy.
+rounding, `rotate` except for what fills the corners. `random_rand_augment` applies each of torchvision's operations to
+the images that drew it. Parameters are drawn on the generator's device: a generator on the CPU gives the same ones
+everywhere, one on the images' device needs no copy.
 
 Sources: Krizhevsky et al. 2012 (flip, crop); DeVries and Taylor 2017 (Cutout); Cubuk et al. 2020 (RandAugment);
 Zhang et al. 2018 (Mixup); Jordan 2024, arXiv 2404.00498 (alternating flip). Shapes: N images, H W pixels.
@@ -49,8 +49,8 @@ def flip_coins(n: int, generator: Generator) -> Tensor:
 def alternating_flip(x: Tensor, coins: Tensor, epoch: int) -> Tensor:
     """Mirror each image in every other epoch; its coin says in which: two epochs show every image both ways.
 
-    coins: bool (N,), those of `flip_coins` for the whole training set, tossed once, at the batch's positions. With
-    `random_flip` half of the images would look in the second epoch as they did in the first.
+    coins: bool (N,), the batch's part of one toss of `flip_coins` for the whole training set. With `random_flip` half
+    of the images would look the same in the second epoch as in the first.
     """
     _check_images(x)
     return flip(x, coins ^ (epoch % 2 == 1))
@@ -72,9 +72,9 @@ def crop(x: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
 
 
 def random_crop(x: Tensor, generator: Generator, padding: int = 4) -> Tensor:
-    """Shift each image by up to `padding` pixels in both directions; what comes in is its mirror image at the border.
+    """Shift each image by up to `padding` pixels in both directions; the border is filled by reflection.
 
-    Errors: `UserError` when the padding is negative or the image's side or more: there is nothing left to reflect.
+    Errors: `UserError` when the padding is negative, or not below the image's side: there is nothing left to reflect.
     """
     _check_images(x)
     if not 0 <= padding < min(x.shape[2:]):
@@ -94,7 +94,7 @@ def _reflected(side: int, padding: int, device: torch.device) -> Tensor:
 
 
 def adjust_brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """x · factor: float images of [0, 1] (N, 3, H, W), factor (N,) from 0 on. So are the others' arguments."""
+    """x · factor: float images of [0, 1] (N, 3, H, W), factor (N,) ≥ 0; the next two take the same."""
     return (x * _per_image(factor)).clamp(0, 1)
 
 
@@ -186,7 +186,7 @@ def cutout(x: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
 
 
 def random_cutout(x: Tensor, generator: Generator, size: int = 8) -> Tensor:
-    """`cutout` of a square whose middle is any pixel of the image with the same probability.
+    """`cutout` of a square centred on a pixel that is drawn uniformly from the image.
 
     Errors: `UserError` when the size is below 1.
     """
@@ -202,7 +202,7 @@ def random_cutout(x: Tensor, generator: Generator, size: int = 8) -> Tensor:
 
 
 def rotate(x: Tensor, degrees: Tensor) -> Tensor:
-    """Turn each image about its middle, counterclockwise by degrees (N,); bilinear, the mirror image at the corners."""
+    """Turn each image about its middle, counterclockwise by degrees (N,); bilinear, corners filled by reflection."""
     angle = degrees.float() * (math.pi / 180)
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     h, w = x.shape[2:]
@@ -226,9 +226,9 @@ def random_rotation(x: Tensor, generator: Generator, degrees: float = 15.0) -> T
 
 
 def rand_augment_operations(magnitude: float, side: int) -> list[Callable[[Tensor], Tensor]]:
-    """The paper's 14 operations at a strength from 0 to 1; where there are two directions, both, half as likely each.
+    """The paper's 14 operations at a strength from 0 to 1; those with two directions stand in the list once for each.
 
-    So that all 14 are equally likely, the others stand in the list twice. Strengths are torchvision's `RandAugment`'s:
+    The others stand in it twice, so that all 14 are equally likely. Strengths are torchvision's `RandAugment`'s:
     at 1 a shear by 0.3, a shift by 150 of 331 of the side, a turn by 30°, a blend by ±0.9, 4 bits of 8, all inverted.
     """
     shear, shift, turn = math.degrees(math.atan(0.3 * magnitude)), int(150 / 331 * side * magnitude), 30 * magnitude
@@ -249,7 +249,7 @@ def rand_augment_operations(magnitude: float, side: int) -> list[Callable[[Tenso
 
 
 def random_rand_augment(x: Tensor, generator: Generator, count: int = 2, magnitude: float = 0.3) -> Tensor:
-    """RandAugment: `count` operations one after the other on each image, drawn for each image by itself.
+    """RandAugment: `count` operations one after the other, drawn independently for each image.
 
     Errors: `UserError` when count is below 1 or the strength not from 0 to 1.
     """

@@ -4,15 +4,15 @@
     python cnn_cifar/augmentation_study.py --resize 32 --width 16 --train-size 5000 --epochs 8
     python cnn_cifar/augmentation_study.py --resize 32 --width 16 --train-size 1000 --epochs 40 --out runs/cnn_cifar/few
 
-A ResNet-18 learns from the images as they are, then with each augmentation of augment.py alone, with flip and crop, as
-is usual, and with all seven at once. Every network gets the same number of updates and, for a seed, begins with the
-same weights and sees the same images in the same order. Measured is the accuracy on validation images, and the
-generalisation gap: the accuracy on the training images, unchanged, minus that. What an augmentation brings is the mean
-over the seeds of the difference to none, with Student's 95 % interval. There are nine of these: where no augmentation
-does anything, about one study in three still shows one that does. No learning rate is tuned for any of them.
+A ResNet-18 is trained without augmentation, with each augmentation of augment.py alone, with flip and crop, as is
+usual, and with all seven at once. Every network gets the same number of updates and, for a seed, begins with the same
+weights and sees the same images in the same order. Measured are the accuracy on validation images and the
+generalisation gap: the accuracy on the unaugmented training images minus that. What an augmentation brings is the mean
+over the seeds of the difference from `none`, with Student's 95 % interval. There are nine such comparisons: even if no
+augmentation had an effect, about one study in three would show one. The learning rate is tuned for none of them.
 
-Mixup trains on λ x + (1 − λ) x̃ with the loss λ L(y) + (1 − λ) L(ỹ), λ ~ Beta(0.2, 0.2) for each image by itself. The
-images are changed at their own size and resized afterwards (`--resize`). Below 64 pixels the network has the stem for
+Mixup trains on λ x + (1 − λ) x̃ with the loss λ L(y) + (1 − λ) L(ỹ), λ ~ Beta(0.2, 0.2), drawn for each image. The
+images are augmented at their own size and resized afterwards (`--resize`). Below 64 pixels the network has the stem for
 small images; `--width 16` has a quarter of the paper's channels.
 
 Writes augmentations.png, accuracy_and_gap.png, history.csv, metrics.json.
@@ -74,12 +74,12 @@ def build_parser():
     parser = make_parser(__doc__, dataset="cifar10", quick=quick)
     add_data_flags(parser, batch_size=64, val_size=5000)
     parser.add_argument("--epochs", type=positive_int, default=5, help="passes over the training images")
-    parser.add_argument("--resize", type=at_least(SMALLEST), default=224, help="pixels of a side that the network sees")
+    parser.add_argument("--resize", type=at_least(SMALLEST), default=224, help="side, in pixels, that the network sees")
     parser.add_argument("--width", type=positive_int, default=64, help="channels of the first stage (the paper's: 64)")
     parser.add_argument("--train-size", type=positive_int, help="images to train on (default: all)")
     parser.add_argument("--lr", type=positive_float, default=0.1, help="the highest learning rate of one cycle")
     add_amp(parser, default=True)
-    add_seeds(parser, [0, 1, 2], "one training of each arm each", least=2)
+    add_seeds(parser, [0, 1, 2], "one training of each arm for each", least=2)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
     return parser
 
@@ -139,7 +139,7 @@ def augmented(x: Tensor, arm: str, generator: Generator) -> Tensor:
 
 
 def trained(arm: str, seed: int, data: Data, args, run: Run) -> dict:
-    """The row of history.csv of one training, which is made unless it is there."""
+    """The row of history.csv of one training, which is run unless the row is there."""
     key = {"arm": arm, "seed": seed}
     if row := run.row(**key):
         return row
@@ -194,7 +194,7 @@ def fit(arm: str, seed: int, data: Data, args) -> tuple[nn.Module, float]:
 
 @torch.no_grad()
 def measure(network: nn.Module, split: Split, args) -> tuple[float, float]:
-    """Mean cross-entropy (nats) and accuracy on images that are resized and not changed otherwise."""
+    """Mean cross-entropy (nats) and accuracy on images that are resized but not augmented."""
     logits = []
     with evaluating(network), autocast(split.x.device, args.amp):
         for images in split.x.split(250):

@@ -1,7 +1,7 @@
 """How good a detector is: the average precision of COCO.
 
-    A box that is found is a hit when its IoU (area in common / area of both) with a true box of its class, which none
-    hit before, is at least t; the surest boxes choose first. Down the list of all boxes, surest first,
+    A box that is found is a hit when its IoU (intersection / union of the areas) with a true box of its class that is
+    not hit yet is at least t; the highest scores choose first. Down the list of all boxes, highest score first,
 
         precision = hits so far / boxes so far,   recall = hits so far / true boxes,
 
@@ -47,13 +47,13 @@ def hits(found: list[dict[str, Tensor]], truth: list[dict[str, Tensor]]) -> tupl
 
 
 def precision_and_recall(hit: np.ndarray, true_boxes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Both after each box of a list that begins with the surest: hit bool (D,) → (D,), (D,)."""
+    """Both after each box of a list sorted by score: hit bool (D,) → (D,), (D,)."""
     so_far = np.cumsum(hit)
     return so_far / np.arange(1, len(hit) + 1), so_far / true_boxes
 
 
 def average_precision(hit: np.ndarray, true_boxes: int) -> float:
-    """AP of one class at one threshold: hit bool (D,), surest first. Errors: `ValueError` without a box to find."""
+    """AP of one class at one threshold: hit bool (D,), highest score first. Errors: `ValueError` without a true box."""
     if true_boxes < 1:
         raise ValueError("no box to find")
     precision, recall = precision_and_recall(hit, true_boxes)
@@ -65,9 +65,9 @@ def average_precision(hit: np.ndarray, true_boxes: int) -> float:
 def by_class(
     found: list[dict[str, Tensor]], truth: list[dict[str, Tensor]], n_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """AP of each class 1 … n_classes at each threshold, NaN for a class that is not there: (n_classes, T).
+    """AP of each class 1 … n_classes at each threshold, NaN for a class without a true box: (n_classes, T).
 
-    And how many boxes of each class are to be found: (n_classes,).
+    And the number of true boxes of each class: (n_classes,).
     """
     _, labels, hit = hits(found, truth)
     true = np.bincount(np.concatenate([one["labels"].cpu().numpy() for one in truth]), minlength=n_classes + 1)[1:]

@@ -6,8 +6,8 @@
 Four measurements, images per second of each: (1) the input pipeline alone, flip, crop and colour jitter: whole batches
 at once on the device (augment.py), and torchvision's transforms image by image in a `DataLoader` with 0, 1, 2 … worker
 processes; (2) All-CNN's training step alone, in float32 and bfloat16, with the channels first or last in memory;
-(3) both together, with each pipeline; (4) on a GPU, the part of the time in which it computes (`torch.profiler`).
-Each pair is measured in turns, several times; the median counts.
+(3) both together, with each pipeline; (4) on a GPU, the fraction of the time in which it computes (`torch.profiler`).
+The alternatives are measured in turn, several times; the median counts.
 
 Writes throughput.png, metrics.json.
 Shapes: B batch.
@@ -52,9 +52,11 @@ def build_parser():
     parser = make_parser(__doc__, dataset="cifar10", quick=quick)
     add_data_flags(parser, batch_size=128, val_size=0)
     workers = [0, 1, 2, 4] + [n for n in (8, 16) if n <= (os.cpu_count() or 1)]
-    parser.add_argument("--batches", type=positive_int, default=20, help="batches that each measurement takes")
-    parser.add_argument("--repeats", type=positive_int, default=3, help="measurements of each, in turns")
-    parser.add_argument("--workers", type=non_negative_int, nargs="+", default=workers, help="of the DataLoader, tried")
+    parser.add_argument("--batches", type=positive_int, default=20, help="batches per measurement")
+    parser.add_argument("--repeats", type=positive_int, default=3, help="measurements of each, in turn")
+    parser.add_argument(
+        "--workers", type=non_negative_int, nargs="+", default=workers, help="numbers of DataLoader workers to try"
+    )
     parser.add_argument("--c1", type=positive_int, default=96, help="All-CNN's channels before the first stride of 2")
     parser.add_argument("--c2", type=positive_int, default=192, help="All-CNN's channels after it")
     return parser
@@ -120,9 +122,9 @@ class Trainer:
 
 
 def seconds_of(source: Iterator, batches: int, use: Callable, skip: int, device: torch.device) -> float:
-    """How long it takes to use so many batches of `source`, after `skip` others; a GPU's work is waited for.
+    """Seconds to use `batches` batches of `source`, after `skip` others; includes waiting for a GPU's work.
 
-    Those skipped warm up, and they are what a DataLoader's workers had ready before the clock started.
+    The skipped ones are the warm-up, and use up what a DataLoader's workers had ready before the clock started.
     """
     for _ in range(skip):
         use(*next(source))
@@ -135,7 +137,7 @@ def seconds_of(source: Iterator, batches: int, use: Callable, skip: int, device:
 
 
 def gpu_busy(source: Iterator, batches: int, use: Callable, device: torch.device) -> float:
-    """The part of the wall time in which the GPU runs a kernel; the time is taken without the profiler."""
+    """The fraction of the wall time in which the GPU runs a kernel; the wall time is taken without the profiler."""
     wall = seconds_of(source, batches, use, skip=3, device=device)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         seconds_of(source, batches, use, skip=0, device=device)
@@ -179,9 +181,9 @@ def main(argv=None) -> dict:
     generator = Generator(device).manual_seed(args.seed)
 
     def measure(jobs: dict[str, tuple[Callable[[], Iterator], Callable, int]]) -> list[dict]:
-        """Images per second of each (a source's maker, use, skip), in turns: the median and all.
+        """Images per second of each (a source's maker, use, skip), in turn: the median and all.
 
-        A source lives for its turn alone: workers of another would fetch ahead on the same cores.
+        A source lives for its turn alone: another's workers would prefetch on the same cores.
         """
         found = {name: [] for name in jobs}
         for _ in range(args.repeats):

@@ -18,7 +18,7 @@ NETWORKS = {"allcnn_t": AllCNN, "fast_net": FastNet, "resnet": pixel_resnet}
 
 
 def find_checkpoint(args: argparse.Namespace) -> Path:
-    """allcnn.py's network, or else fast_cifar.py's. Errors: `UserError` with the shorter command for neither."""
+    """allcnn.py's network, or else fast_cifar.py's. Errors: `UserError` with the latter's command for neither."""
     for script, name in (("allcnn", "allcnn_t_best.pth"), ("fast_cifar", "best.pth")):
         with contextlib.suppress(UserError):
             return find_output(args, script, name)

@@ -1,4 +1,4 @@
-"""Which network reads digits best, and at what cost: layers, convolutions, a transformer, or ImageNet's veterans?
+"""Which network reads digits best, and at what cost: dense layers, convolutions, a transformer, or ImageNet's veterans?
 
     python cnn_cifar/compare_mnist_models.py --amp
     python cnn_cifar/compare_mnist_models.py --models slim_cnn --recipe strong --amp --out runs/cnn_cifar/strong
@@ -6,12 +6,12 @@
 
 Each network of zoo.py is trained as digit_training.py says, on all training images; the last epoch's weights count, and
 nothing is chosen by the test images. Compared are test accuracy and macro F1, loss, parameters, seconds of training and
-images a second in use. McNemar's test tells two networks apart, by the images that one of them alone gets right. The
-trainings of a network from several seeds are an ensemble, too: the mean of their probabilities.
+images a second at inference. McNemar's test compares two networks by the images that only one of them gets right. The
+networks trained from several seeds are also judged as an ensemble: by the mean of their probabilities.
 
 `--pretrained` takes torchvision's ImageNet weights for vgg16 and alexnet, from `--weights-dir` or by download, under
-torchvision's own file names. `--recipe strong` distorts the images. The curves are those of the test images, or with
-`--val-size` those of images that are not trained on.
+torchvision's own file names. `--recipe strong` distorts the images. The curves show the error on the test images,
+or with `--val-size` on held-out training images.
 
 Writes model_comparison.png, training_curves.png, sample_images.png, confusion_matrices.png, shared_errors.png,
 table.md, history.csv, metrics.json. With a vit also vit_attention.png and vit_positions.png; of each training
@@ -64,7 +64,7 @@ def build_parser():
     add_data_flags(parser, batch_size=64, val_size=0)
     parser.add_argument("--models", nargs="+", default=SIX, help=f"which networks of zoo.py: {' '.join(MODELS)}")
     parser.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
-    parser.add_argument("--torchvision-epochs", type=positive_int, default=5, help="those of vgg16 and alexnet")
+    parser.add_argument("--torchvision-epochs", type=positive_int, default=5, help="epochs of vgg16 and alexnet")
     parser.add_argument("--recipe", choices=RECIPES, default="plain", help="strong: distorted images, smoothed labels")
     add_seeds(parser, [0], "one training of each network")
     parser.add_argument("--pretrained", action="store_true", help="vgg16 and alexnet begin with ImageNet's weights")
@@ -142,7 +142,7 @@ def main(argv=None) -> dict:
 
 
 def trained(name: str, seed: int, weights: dict[str, Tensor] | None, data: Data, args, run: Run) -> dict:
-    """What <model>_<seed>.npz holds of a training, which is made unless history.csv has it."""
+    """What <model>_<seed>.npz holds of a training, which is run unless history.csv has it."""
     path = run.path(f"{name}_{seed}.npz")
     if run.row(model=name, seed=seed):
         return load_arrays(path, KEPT)
@@ -165,7 +165,7 @@ def trained(name: str, seed: int, weights: dict[str, Tensor] | None, data: Data,
 
 
 def row_of(name: str, outcomes: list[dict], y: np.ndarray) -> dict:
-    """What is compared of a network: means over its trainings, and their ensemble where there are several."""
+    """A network's numbers in the comparison: means over its trainings, and their ensemble where there are several."""
     chosen = [each["probabilities"].argmax(1) for each in outcomes]
     accuracies = [float((one == y).mean()) for one in chosen]
     low, high = wilson_interval(int((chosen[0] == y).sum()), len(y))

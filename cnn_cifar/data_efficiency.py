@@ -1,18 +1,18 @@
-"""What does a transformer's ignorance of images cost, and what gives it back?
+"""What does a transformer's lack of inductive bias for images cost, and what makes up for it?
 
     python cnn_cifar/data_efficiency.py --amp
     python cnn_cifar/data_efficiency.py --sizes 100 1000 --least-updates 200 --seeds 0 1 2 --amp
 
-A convolution is told that what is near belongs together, and that a stroke is the same wherever it lies; a ViT has to
-learn both. So the CNN, the deep CNN and the ViT of zoo.py learn from few images and from many, and beside them a ViT
+A convolution has it built in that near pixels belong together and that a stroke is the same wherever it lies; a ViT has
+to learn both. So the CNN, the deep CNN and the ViT of zoo.py learn from few images and from many, and beside them a ViT
 whose patches come from two convolutions, and the CNN and the ViT on images distorted anew each time (the strong recipe
-of digit_training.py, with smoothed labels). All see the same images, drawn anew for each seed, each class as often as
-in the whole set, and get the same number of updates at a size: `--epochs` passes, at least `--least-updates`. Test
-images are read once for each training. McNemar's test tells two networks of one seed apart by the images that one of
-them alone gets right.
+of digit_training.py, with smoothed labels). All see the same images, drawn anew for each seed in the class
+proportions of the whole set, and at each size get the same number of updates: `--epochs` passes, at least
+`--least-updates`. Test images are read once for each training. McNemar's test compares two networks of one seed by the
+images that only one of them gets right.
 
 Writes data_efficiency.png, history.csv, metrics.json, and of each training <arm>_<size>_<seed>.npz (array chosen, the
-classes said for the test images).
+predicted classes of the test images).
 With --resume a study that was stopped goes on with the trainings that are missing.
 Sources: Dosovitskiy et al. 2021 (a ViT needs more images); Xiao et al. 2021 (the convolutional stem).
 Shapes: S seeds.
@@ -64,9 +64,9 @@ def build_parser():
     counts = "images to learn from, of all classes together"
     parser.add_argument("--sizes", type=at_least(2), nargs="+", default=[100, 1000, 10000, 60000], help=counts)
     parser.add_argument("--epochs", type=positive_int, default=2, help="passes over the images")
-    least = "updates when so few images would give fewer: they are then passed over more often"
+    least = "fewest updates; where the epochs give fewer, the images are passed over more often"
     parser.add_argument("--least-updates", type=positive_int, default=400, help=least)
-    add_seeds(parser, [0, 1, 2], "other images, other starts", least=2)
+    add_seeds(parser, [0, 1, 2], "each with its own images and initial weights", least=2)
     add_amp(parser)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that are missing")
     return parser
@@ -110,17 +110,17 @@ def main(argv=None) -> dict:
 
 
 def epochs_for(size: int, args: argparse.Namespace) -> int:
-    """How often so many images are passed over."""
+    """The number of passes over `size` images."""
     return max(args.epochs, math.ceil(args.least_updates / (size // min(args.batch_size, size))))
 
 
 def network_of(arm: str, num_classes: int) -> nn.Module:
-    """The arm's network from a random start."""
+    """The arm's network with random weights."""
     return ViT(num_classes, stem="conv") if arm == "ViT, conv stem" else OURS[ARMS[arm][0]](num_classes)
 
 
 def trained(arm: str, size: int, seed: int, data: Data, args: argparse.Namespace, run: Run) -> dict:
-    """What the .npz of a training holds, which is made unless history.csv has it."""
+    """What the .npz of a training holds, which is run unless history.csv has it."""
     path = run.path(f"{arm.lower().replace(', ', '_').replace(' ', '_')}_{size}_{seed}.npz")
     if run.row(arm=arm, images=size, seed=seed):
         return load_arrays(path, ("chosen", "seconds"))

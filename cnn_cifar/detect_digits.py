@@ -3,12 +3,12 @@
     python cnn_cifar/detect_digits.py --amp
     python cnn_cifar/detect_digits.py --scenes 1000 --epochs 2 --width 16 --amp
 
-A small convolutional backbone makes a map of features, one for each 8×8 pixels. At every position of the map the region
-proposal network asks of nine boxes of fixed sizes and shapes (anchors) whether they hold anything, and how to move
-them; out of the map it cuts the best of these, 7×7 features each, and a second network says which digit that is, or
-none, and moves the box once more. torchvision's `FasterRCNN` does that; the scenes (scenes.py) and the measure
-(average_precision.py) are ours. Scenes to learn from hold MNIST's training digits, the held-out ones its test digits;
-the last epoch's weights count.
+A small convolutional backbone makes a feature map, one position for each 8×8 pixels. At every position the region
+proposal network predicts for nine boxes of fixed sizes and shapes (anchors) whether they hold anything, and how to move
+them; the best of these are cut out of the map, 7×7 features each, and a second network says which digit each holds, or
+none, and refines the box. torchvision's `FasterRCNN` does that; the scenes (scenes.py) and the metric
+(average_precision.py) are ours. Training scenes hold MNIST's training digits, the held-out ones its test digits; the
+last epoch's weights count.
 
 Writes detections.png, precision_recall.png, training.png, history.csv, metrics.json, last.pth.
 With --resume a training that was stopped goes on, and ends with the same weights.
@@ -61,13 +61,13 @@ class Backbone(nn.Module):
         self.layers = nn.Sequential(*layers, *convolution(2 * c, 4 * c, 2), *convolution(4 * c, 4 * c))
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class. In bfloat16 inside when asked for; boxes need float32's precision, so it ends there."""
+        """See the class. With `amp` in bfloat16 up to here: boxes need float32's precision."""
         with autocast(x.device, self.amp):
             return self.layers(x.contiguous(memory_format=torch.channels_last)).float()
 
 
 def detector(width: int, num_classes: int, amp: bool) -> FasterRCNN:
-    """Faster R-CNN for scenes of SIDE pixels and `num_classes` classes; the background comes on top of them."""
+    """Faster R-CNN for scenes of SIDE pixels and `num_classes` classes, not counting the background."""
     backbone, pooled = Backbone(width, amp), 7
     return FasterRCNN(
         backbone,
@@ -181,9 +181,9 @@ def detect(network: FasterRCNN, scenes: Tensor, device: torch.device) -> list[di
 
 
 def mistakes(found: list[dict[str, Tensor]], truth: list[dict[str, Tensor]]) -> dict[str, int]:
-    """Of the boxes with a score above SURE: how many hit, fit another digit, fit none (IoU below ½); digits missed.
+    """Of the boxes with a score above SURE: how many hit, name the wrong digit, fit none (IoU below ½); digits missed.
 
-    A second box on a digit that is hit counts as fitting another one.
+    A duplicate counts among the wrong digits; a digit is missed where no box has an IoU of ½ with it.
     """
     count = {"right": 0, "wrong_digit": 0, "no_digit": 0, "missed": 0}
     for mine, true in zip(found, truth, strict=True):
@@ -255,7 +255,7 @@ def draw_detections(held_out: tuple[Tensor, list[dict]], found: list[dict], clas
 
 
 def surest_mistake(mine: dict[str, Tensor], true: dict[str, Tensor]) -> float:
-    """The highest score of a box that hits nothing at IoU ½; 0 without any."""
+    """The highest score of a box that is no hit at IoU ½; 0 where there is none."""
     scores, _, hit = hits([mine], [true])
     return float(scores[~hit[0]].max(initial=0.0))
 

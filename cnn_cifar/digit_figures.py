@@ -57,7 +57,7 @@ def draw_comparison(rows: list[dict], pairs: list[dict], about: str):
 
 
 def draw_curves(found: dict[str, list[dict]], rows: list[dict], split: str, about: str):
-    """Training loss and error after each epoch, of each network's first training. split: whose images are watched."""
+    """Training loss and error after each epoch, of each network's first training. split: on which the error is."""
     figure, axes = new_figure(1, 2, width=10.6, height=4.4)
     for index, (row, outcomes) in enumerate(zip(rows, found.values(), strict=True)):
         losses, accuracies = outcomes[0]["losses"], outcomes[0]["accuracies"]
@@ -112,7 +112,7 @@ def draw_confusions(matrices: dict[str, np.ndarray], data: Data):
 
 
 def draw_errors(found: dict[str, list[dict]], data: Data):
-    """The test images that most networks get wrong, surest first, with what they are and what is said."""
+    """The test images that most networks get wrong, least probable first, with true and predicted class."""
     y = data.test.y.cpu().numpy()
     columns = SHOWN if max(map(len, data.classes)) < 4 else 5  # a long name needs a wide cell
     all_of = np.stack([outcomes[0]["probabilities"] for outcomes in found.values()])  # (models, N, K)
@@ -136,7 +136,7 @@ def draw_errors(found: dict[str, list[dict]], data: Data):
 
 
 def draw_attention(network: ViT, data: Data):
-    """Test images, and how much of each patch arrives in the class token."""
+    """Test images, and how much of each patch reaches the class token."""
     x = pixels(data.test.x[:SHOWN])
     shares = rollout(network.attention_weights(x)).cpu()  # (N, T − 1)
     side = network.side
@@ -154,7 +154,7 @@ def draw_attention(network: ViT, data: Data):
 
 
 def draw_positions(network: ViT):
-    """The likeness of each patch's learned position with all others', laid out as the patches are."""
+    """The similarity of each patch's position embedding to all others', laid out as the patches are."""
     side, likeness = network.side, position_similarity(network).cpu()
     at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).view(-1, 2).float()
     distance = torch.cdist(at, at)

@@ -1,11 +1,11 @@
 """How the networks of zoo.py are trained: by which optimizer, on which images.
 
-    fcnn and the CNNs     Adam, rate 1e-3, weight decay 1e-5
-    vit                   AdamW, rate 1e-3, weight decay 0.05
-    vgg16, alexnet        Adam, rate 1e-4; with ImageNet's weights on the layers after the convolutions alone
+    fcnn and the CNNs     Adam, learning rate 1e-3, weight decay 1e-5
+    vit                   AdamW, learning rate 1e-3, weight decay 0.05
+    vgg16, alexnet        Adam, learning rate 1e-4; with ImageNet's weights only the layers after the convolutions learn
 
-The rate rises over a tenth of the updates and falls to 0 along half a cosine. The `strong` recipe turns, stretches,
-shears and shifts every image anew each time that it is seen, and smooths the labels by 0.1.
+The learning rate rises over the first tenth of the updates, then falls to 0, both along half a cosine. The `strong`
+recipe turns, stretches, shears and shifts every image anew each time that it is seen, and smooths the labels by 0.1.
 Sources: Kingma and Ba 2015 (Adam); Loshchilov and Hutter 2019 (AdamW); Simard, Steinkraus and Platt 2003 (distorted
 digits); Szegedy et al. 2016 (smoothed labels).
 Shapes: N images uint8 (N, 1, H, W), B batch, F features, K classes.
@@ -32,8 +32,8 @@ from shared_utils.seeding import seed_everything
 RECIPES = ("plain", "strong")
 DEGREES, STRETCH, SHEAR, SHIFT = 12.0, 0.12, 0.15, 2.0  # at most: an angle, parts of the size, a slope, pixels
 SMOOTHING = 0.1
-RISE = 0.1  # the part of all updates in which the rate goes up
-TOGETHER, LARGE_TOGETHER = 250, 25  # images looked at without learning; at 224×224, where VGG16's maps are of 13 MB
+RISE = 0.1  # the fraction of the updates in which the learning rate rises
+TOGETHER, LARGE_TOGETHER = 250, 25  # images per batch without learning; at 224×224 a VGG16 layer takes 13 MB each
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Trained:
 
 
 def distorted(x: Tensor, generator: Generator) -> Tensor:
-    """Each float image (B, 1, H, W) turned, stretched, sheared and shifted by amounts of its own; black comes in."""
+    """Each float image (B, 1, H, W) turned, stretched, sheared and shifted by amounts of its own, on black."""
     uniform = 2 * torch.rand(6, len(x), generator=generator, device=generator.device).to(x.device) - 1  # in −1 … 1
     turn, shear = math.radians(DEGREES) * uniform[0], SHEAR * uniform[1]
     wide, tall = (math.log1p(STRETCH) * uniform[2:4]).exp()
@@ -59,7 +59,7 @@ def distorted(x: Tensor, generator: Generator) -> Tensor:
 
 
 def optimizer_of(name: str, network: nn.Module) -> torch.optim.Optimizer:
-    """What the docstring says; what is frozen is not in it."""
+    """The optimizer that the module's docstring names, without frozen parameters."""
     learned = [p for p in network.parameters() if p.requires_grad]
     if name == "vit":
         return torch.optim.AdamW(learned, lr=1e-3, weight_decay=0.05, fused=True)
@@ -80,10 +80,11 @@ def fit(
     strong: bool,
     amp: bool,
 ) -> Trained:
-    """Train in place one of zoo.py's. test: measured after each epoch, and nothing follows from it; None: never.
+    """Train one of zoo.py's networks in place.
 
-    seed: of the images' order, their distortions, and dropout. Of a frozen network's images that stay as they are the
-    features are computed once. Errors: `UserError` when the loss is no longer finite.
+    test: its accuracy is measured after each epoch, and nothing is chosen by it; None: never. seed: of the images'
+    order, their distortions, and dropout. With frozen convolutions and no distortion, features are computed once.
+    Errors: `UserError` when the loss is no longer finite.
     """
     found, device, learner = Trained(), train.x.device, network
     if isinstance(network, Torchvision) and network.frozen and not strong:
@@ -131,7 +132,7 @@ def seen(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def probabilities(network: nn.Module, x: Tensor, amp: bool) -> Tensor:
-    """Of each class for images uint8 (N, 1, H, W), or for features (N, F): float32 (N, K)."""
+    """Class probabilities for images uint8 (N, 1, H, W), or for features (N, F): float32 (N, K)."""
     with evaluating(network), autocast(x.device, amp):
         return torch.cat([network(seen(some)).float().softmax(1) for some in x.split(TOGETHER)])
 

@@ -1,18 +1,19 @@
-"""How soon can two CPU cores classify 94 % of CIFAR-10's test images?
+"""How fast can two CPU cores learn to classify 94 % of CIFAR-10's test images?
 
     python cnn_cifar/fast_cifar.py
     python cnn_cifar/fast_cifar.py --widths 32 64 128 --epochs 4 --out runs/cnn_cifar/fast_cifar_small
     python cnn_cifar/fast_cifar.py --val-size 5000 --without muon whitening --out runs/cnn_cifar/fast_cifar_without
 
 A small network whose first layer whitens (fast_net.py), Muon (shared_utils/muon.py), flips in every other epoch,
-smoothed labels, a learning rate that falls in a straight line to 0, and at test time the mean over shifted and mirrored
-copies of each image (fast_training.py has all of it). In bfloat16, with the channels last in memory: on a CPU with
-AVX-512 BF16 the All-CNN is then more than twice as fast (benchmark.py). `--without` leaves ingredients out;
+smoothed labels, a learning rate that falls linearly to 0, and at test time the mean over shifted and mirrored copies of
+each image (fast_training.py has all of it). It computes in bfloat16, with the channels last in memory, which makes
+All-CNN more than twice as fast on a CPU with AVX-512 BF16 (benchmark.py). `--without` leaves ingredients out;
 fast_cifar_ladder.py measures each one.
 
 Nothing is chosen while it trains, so that it may train on all 50,000 images; the test images are read once, at the end.
-Most numbers of the recipe are its author's, who could see the test set; what we changed (batches, epochs, learning
-rates) follows trials of narrower networks on 5,000 validation images (`--val-size 5000`: these are then reported).
+Most hyperparameters are the recipe's author's, who could see the test set; those we changed (batch size, epochs,
+learning rates) were chosen in trials of narrower networks on 5,000 validation images (`--val-size 5000`, which are then
+judged instead of the test images).
 
 Writes best.pth, last.pth, fast_cifar.png, history.csv, metrics.json.
 With --resume a run that was stopped goes on from last.pth and ends with the same weights.
@@ -42,7 +43,7 @@ def build_parser():
     widths = {"type": positive_int, "nargs": 3, "default": list(Recipe.widths), "metavar": "C"}
     parser.add_argument("--widths", **widths, help="channels of the three blocks")
     parser.add_argument("--lr", type=positive_float, default=Recipe.lr, help="Muon's learning rate at the start")
-    parser.add_argument("--sgd-lr", type=positive_float, default=Recipe.sgd_lr, help="SGD's, with --without muon")
+    parser.add_argument("--sgd-lr", type=positive_float, default=Recipe.sgd_lr, help="SGD's, used with --without muon")
     left_out = "leave out: " + ", ".join(f"{name} ({what})" for name, what in INGREDIENTS.items())
     parser.add_argument("--without", nargs="+", choices=INGREDIENTS, default=[], metavar="INGREDIENT", help=left_out)
     add_amp(parser, default=True)

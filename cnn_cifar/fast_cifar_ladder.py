@@ -5,9 +5,9 @@
 
 The small network of `fast_cifar.py` is trained without any ingredient (by SGD with Nesterov's momentum, at the best of
 `--sgd-lrs`), then with one more on every rung, each time from the same seeds and for the same number of updates. What a
-rung brings is the mean over the seeds of the difference to the rung below, with Student's 95 % interval: a seed gives
-both the same images in the same order. Everything is measured on validation images. The test-time mean is the last rung
-and needs no training of its own.
+rung brings is the mean over the seeds of the difference from the rung before, with Student's 95 % interval: a seed
+gives both the same images in the same order. Everything is measured on validation images. Averaging at test time is the
+last rung and needs no training of its own.
 
 Writes ladder.png, history.csv, metrics.json.
 With --resume a ladder that was stopped goes on with the trainings that are missing.
@@ -42,9 +42,9 @@ def build_parser():
     parser.add_argument("--epochs", type=positive_int, default=4, help="passes over the training images")
     widths = {"type": positive_int, "nargs": 3, "default": [32, 64, 128], "metavar": "C"}
     parser.add_argument("--widths", **widths, help="channels of the three blocks")
-    add_seeds(parser, [0, 1, 2], "one training of each rung each", least=2)
+    add_seeds(parser, [0, 1, 2], "one training of each rung for each", least=2)
     tried = {"type": positive_float, "nargs": "+", "default": [0.03, 0.1, 0.3, 1.0]}
-    parser.add_argument("--sgd-lrs", **tried, help="SGD's rates, of which the best for the first seed is taken")
+    parser.add_argument("--sgd-lrs", **tried, help="SGD's learning rates; the best for the first seed is used")
     add_amp(parser, default=True)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
     return parser
@@ -58,7 +58,7 @@ def main(argv=None) -> dict:
     run = start_run(args)
     without_all = Recipe(args.epochs, args.batch_size, tuple(args.widths), without=tuple(TRAINED))
     rates = {lr: trained(replace(without_all, sgd_lr=lr), BARE, args.seeds[0], data, args, run) for lr in args.sgd_lrs}
-    # A rate that diverges is a result; one that is the best of all is a mistake.
+    # A learning rate that diverges is a result, unless it is the chosen one.
     finite = {lr: math.isfinite(float(row["train_loss"])) for lr, row in rates.items()}
     right = {lr: float(row["accuracy plain"]) if finite[lr] else 0.0 for lr, row in rates.items()}
     sgd_lr, updates = max(right, key=right.get), args.epochs * (len(data.train) // args.batch_size)
@@ -105,7 +105,7 @@ def main(argv=None) -> dict:
 
 
 def trained(recipe: Recipe, rung: str, seed: int, data: Data, args, run: Run) -> dict:
-    """The row of history.csv of one training, which is made unless it is there."""
+    """The row of history.csv of one training, which is run unless the row is there."""
     key = {"rung": rung, "seed": seed, "sgd_lr": recipe.sgd_lr}
     if row := run.row(**key):
         return row

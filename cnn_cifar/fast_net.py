@@ -1,4 +1,4 @@
-"""A network that learns CIFAR-10 fast: broad rather than deep, and its first layer needs no training.
+"""A network that learns CIFAR-10 fast: wide rather than deep, and its first layer needs no training.
 
     x ∈ [0, 1] → (x − mean) / std → 2×2 convolution, 3→24, whitening → GELU
       → 3 × [3×3 convolution → max-pool 2 → BatchNorm → GELU → 3×3 convolution → BatchNorm → GELU]
@@ -64,9 +64,9 @@ class FastNet(nn.Module):
 def whiten_(network: FastNet, x: Tensor, eps: float = 5e-4) -> None:
     """Set the first layer so that its 12 outputs on x are uncorrelated and of mean square 1; x: (N, 3, H, W) of [0, 1].
 
-    With the patches' second moments V Λ Vᵀ the filters are the rows of (Λ + ε)^(−½) Vᵀ, and their negatives, for GELU
-    cuts off what is below 0. ε keeps the directions that are hardly there from being blown up. The filters are not
-    trained afterwards, their bias is.
+    With the patches' second moments V Λ Vᵀ the filters are the rows of (Λ + ε)^(−½) Vᵀ, and their negatives, since GELU
+    suppresses what is below 0. ε keeps directions of little variance from being amplified. The filters are not trained
+    afterwards, their bias is.
     """
     patches = network.normalize(x).unfold(2, PATCH, 1).unfold(3, PATCH, 1)  # (N, 3, H − 1, W − 1, 2, 2)
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2).cpu().double()  # (patches, 12)

@@ -1,4 +1,4 @@
-"""The recipe that trains `FastNet`, with every ingredient to be left out, and one epoch of it.
+"""The recipe that trains `FastNet`, from which every ingredient can be left out, and one epoch of it.
 
 Source: Jordan 2024, arXiv 2404.00498 (the ingredients, and most of the numbers); Jordan et al. 2024 (Muon).
 Shapes: N images, B batch, K classes.
@@ -40,11 +40,11 @@ class Recipe:
     lr: float = 0.1  # Muon's
     sgd_lr: float = 1.0  # that of SGD, where Muon is left out
     adam_lr: float = 0.03  # of the biases
-    head_lr: float = 0.6  # over the width: each of so many weights takes a step of about the learning rate (Adam)
+    head_lr: float = 0.6  # over the width: with Adam each weight of a logit moves by about the learning rate
     without: tuple[str, ...] = ()
 
     def has(self, ingredient: str) -> bool:
-        """Whether it is in."""
+        """Whether it is in the recipe."""
         return ingredient not in self.without
 
 
@@ -52,7 +52,7 @@ def build(recipe: Recipe, train: Split, num_classes: int) -> FastNet:
     """The network before its first update, on the training images' device."""
     network = FastNet(recipe.widths, num_classes).to(train.x.device, memory_format=torch.channels_last)
     if recipe.has("whitening"):
-        whiten_(network, pixels(train.x[:: max(1, len(train) // 2000)]))  # from all over: a folder comes class by class
+        whiten_(network, pixels(train.x[:: max(1, len(train) // 2000)]))  # from all over: a folder is sorted by class
     if recipe.has("identity"):
         start_as_identity_(network)
     return network
@@ -85,9 +85,9 @@ class FastTraining:
             group["initial_lr"] = group["lr"]
 
     def rates(self, step: int) -> Iterator[tuple[dict, float]]:
-        """Each group of parameters with its learning rate at update `step`, from 0: it falls in a straight line to 0.
+        """Each group of parameters with its learning rate at update `step`, from 0: it falls linearly to 0.
 
-        That of the whitening layer's bias is there after 3/8 of the updates: the layers above then have firm ground.
+        That of the whitening layer's bias is 0 after 3/8 of the updates: later layers then have a steady input.
         """
         main, rest = self.optimizers
         progress = step / (self.recipe.epochs * self.per_epoch)
@@ -147,6 +147,6 @@ def averaged_logits(network: nn.Module, x: Tensor, amp: bool = False) -> dict[st
 
 
 def accuracies(network: nn.Module, split: Split, amp: bool) -> dict[str, float]:
-    """The part classified right in each of the ways of `averaged_logits`."""
+    """The accuracy in each of the ways of `averaged_logits`."""
     logits = averaged_logits(network, split.x, amp)
     return {name: share(value.argmax(1) == split.y) for name, value in logits.items()}

@@ -1,17 +1,17 @@
-"""How far must an image be moved for a trained network to take it for something else, and how is that found out?
+"""How little must an image be changed for a trained network to misclassify it, and how is that found out?
 
     python cnn_cifar/grad_and_attack_analysis.py
     python cnn_cifar/grad_and_attack_analysis.py --eps 4 --steps 10 --images 500 --out runs/cnn_cifar/attacks_4
 
 Attacks (attacks.py) on a network that allcnn.py or fast_cifar.py trained: `--eps` in grey levels of 255, and `--alpha`
 (a fifth of it by default) for the iterative one of `--steps` steps. PGD's α is 2.5 ε over its number of steps, so that
-it can cross the ball. What counts is the worst case: an image is safe when neither noise nor FGSM nor any of the PGDs
-at ε moves it (`strongest`).
+it can cross the ball. What counts is the worst case: an image is safe when it is still classified correctly under
+noise, FGSM and every PGD at ε (`strongest`).
 
 One step says little: where the loss is curved, its gradient points past the nearest mistake. So accuracy is measured
-against ε, against the number of steps and of starts, and beside noise of the same size, each pixel moved by +ε or −ε at
-random. A network may also hide its gradient and be no safer (Athalye et al. 2018); masking_checks.png lists what should
-then be seen.
+against ε and against the number of steps and of starts, and compared with noise of the same size, each pixel moved by
++ε or −ε at random. A network may also mask its gradient and be no safer (Athalye et al. 2018); masking_checks.png lists
+what should be seen where it does not.
 
 Writes grad_visuals_correct.png, grad_visuals_incorrect.png, attack_loss_curve.png,
 attack_image_progression_example0.png, accuracy_vs_eps.png, accuracy_vs_steps.png, masking_checks.png, metrics.json.
@@ -56,17 +56,17 @@ def build_parser():
     parser.add_argument(
         "--ckpt", metavar="FILE", help="a trained network (default: allcnn.py's, or else fast_cifar.py's)"
     )
-    parser.add_argument("--eps", type=positive_float, default=8.0, help="how far a pixel may move, of 255")
+    parser.add_argument("--eps", type=positive_float, default=8.0, help="largest change of a pixel, in units of 1/255")
     parser.add_argument("--alpha", type=positive_float, help="the iterative attack's step, of 255 (default: ε / 5)")
-    parser.add_argument("--steps", type=positive_int, default=5, help="of the iterative attack")
+    parser.add_argument("--steps", type=positive_int, default=5, help="steps of the iterative attack")
     parser.add_argument("--restarts", type=positive_int, default=5, help="random starts of the strongest PGD")
-    parser.add_argument("--images", type=positive_int, default=1000, help="test images that the slow attacks get")
-    parser.add_argument("--test-images", type=positive_int, help="those that FGSM gets (default: all)")
+    parser.add_argument("--images", type=positive_int, default=1000, help="test images for the slow attacks")
+    parser.add_argument("--test-images", type=positive_int, help="test images for FGSM (default: all)")
     return parser
 
 
 def said(row: dict) -> dict:
-    """The row, once it is printed."""
+    """Print the row and return it."""
     print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
     return row
 
@@ -201,7 +201,7 @@ def draw_gradients(model: nn.Module, split: Split, classes: list[str], kind: str
 
 
 def draw_loss_curve(rise: np.ndarray, right: np.ndarray, eps: float, alpha: float, about: str):
-    """Losses (steps + 1, n) and right answers of the iterative attack by step."""
+    """Losses (steps + 1, n) and right answers under the iterative attack, by step."""
     figure, axes = new_figure(1, 2, width=9.6, height=4.0)
     step = np.arange(len(rise))
     low, middle, high = np.percentile(rise, (10, 50, 90), axis=1)

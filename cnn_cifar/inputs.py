@@ -1,4 +1,4 @@
-"""Images on the device as one uint8 tensor each for training, validation and test; how a network sees and is judged.
+"""Images on the device as one uint8 tensor each for training, validation and test; evaluating a network on them.
 
 Shapes: N images, B batch, H W pixels, K classes.
 """
@@ -44,9 +44,9 @@ class Data:
 
 
 def add_data_flags(parser: argparse.ArgumentParser, batch_size: int, val_size: int) -> None:
-    """The flags that `load` reads beside those of `make_parser`; with a `val_size` above 0, 0 is refused."""
+    """The flags that `load` reads beside those of `make_parser`; with a default `val_size` above 0, 0 is refused."""
     parser.add_argument("--batch-size", type=positive_int, default=batch_size, help="images per update")
-    held_out = "training images held out to choose by" + ("" if val_size else "; 0 trains on all of them")
+    held_out = "training images held out for validation" + ("" if val_size else "; 0 trains on all of them")
     parser.add_argument("--val-size", type=at_least(min(val_size, 1)), default=val_size, help=held_out)
 
 
@@ -56,7 +56,7 @@ def load(
     train_size: int | None = None,
     shape: tuple[int, int, int] | None = SHAPE,
 ) -> Data:
-    """`load_splits` by the flags. Errors: also `UserError` for a batch larger than what there is to train on."""
+    """`load_splits` as the flags say. Errors: also `UserError` for a batch larger than the training set."""
     data = load_splits(args.dataset, args.data_dir, device, args.val_size, train_size, shape)
     if args.batch_size > len(data.train):
         raise UserError(f"--batch-size {args.batch_size}: there are {len(data.train)} images to train on")
@@ -73,7 +73,7 @@ def load_splits(
 ) -> Data:
     """A data set's splits on `device`.
 
-    train_size: so many of the images to train on, stratified. shape: None takes images of any size.
+    train_size: train on so many of the images, stratified. shape: None takes images of any size.
     Errors: `UserError` as `load_images`, `train_val_split`, `subset`.
     """
     train, test = (load_images(dataset, split, data_dir, shape=shape) for split in ("train", "test"))
@@ -96,7 +96,7 @@ def resized(x: Tensor, side: int) -> Tensor:
     """Float images (B, 3, H, W) at side×side pixels, bilinear; as they are where they have that size."""
     if x.shape[-2:] == (side, side):
         return x
-    shrinks = side < max(x.shape[-2:])  # then a pixel is a mean over all that it stands for
+    shrinks = side < max(x.shape[-2:])  # then a pixel is a mean over those that it replaces
     return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False, antialias=shrinks)
 
 
@@ -108,11 +108,11 @@ def logits_of(network: nn.Module, x: Tensor, amp: bool = False) -> Tensor:
 
 
 def share(mask: Tensor) -> float:
-    """The part of a bool (N,) that is true."""
+    """The fraction of a bool (N,) that is true."""
     return mask.sum().item() / len(mask)
 
 
 def loss_and_accuracy(network: nn.Module, split: Split, amp: bool = False) -> tuple[float, float]:
-    """Mean cross-entropy (nats) and the part classified right."""
+    """Mean cross-entropy (nats) and accuracy."""
     logits = logits_of(network, split.x, amp)
     return F.cross_entropy(logits, split.y).item(), share(logits.argmax(1) == split.y)

@@ -1,12 +1,12 @@
-"""All-CNN, a network of nothing but convolutions, and which of a network's parameters are to decay.
+"""All-CNN, a network of nothing but convolutions, and which of a network's parameters get weight decay.
 
     x ∈ [0, 1] → (x − mean) / std → dropout 0.2
       → 3→c1, c1→c1, c1→c1 stride 2 → dropout 0.5
       → c1→c2, c2→c2, c2→c2 stride 2 → dropout 0.5
       → c2→c2, c2→c2 1×1, c2→K 1×1 → mean over the positions = logits,
 
-each arrow one convolution (3×3 with padding 1 unless it says 1×1), BatchNorm and ReLU, the last one too. A convolution
-of stride 2 stands where others pool. Normalisation is part of the model, so that an attack's ε is one of pixels.
+each a→b a convolution (3×3 with padding 1 unless it says 1×1), BatchNorm and ReLU, the last one too. Convolutions of
+stride 2 replace pooling. Normalisation is part of the model, so that an attack's ε is in units of pixels.
 Source: Springenberg, Dosovitskiy, Brox and Riedmiller, Striving for Simplicity, 2015 (All-CNN-C, there without
 BatchNorm).
 Shapes: B images of 3 channels (in the comments 32×32), K classes.
@@ -23,7 +23,7 @@ from cnn_cifar.resnet import BasicBlock, ResNet
 CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)  # of the training images, in units of [0, 1]
 CIFAR10_STD = (0.2470, 0.2435, 0.2616)
 MNIST = {"mean": (0.1307,), "std": (0.3081,)}
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # what torchvision's weights want
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # what torchvision's weights expect
 
 
 class Normalize(nn.Module):
@@ -40,7 +40,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std)[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images. Errors: `ValueError` when x is not of floats, as bytes of 0 to 255 would pass unseen."""
+        """Normalised images. Errors: `ValueError` when x is not of floats: bytes of 0 to 255 would go unnoticed."""
         if not x.is_floating_point():
             raise ValueError(f"the network takes pixels from 0 to 1 as floats, got {x.dtype}: divide them by 255")
         return (x - self.mean) / self.std
@@ -49,7 +49,7 @@ class Normalize(nn.Module):
 def conv_bn_relu(in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Convolution with a bias, padded by (kernel − 1) / 2, then BatchNorm, then ReLU.
 
-    BatchNorm takes the bias away again; it is here because the network's published count of parameters has it.
+    BatchNorm cancels the bias; it is here because the network's published number of parameters includes it.
     """
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=kernel // 2)
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
@@ -76,7 +76,7 @@ class AllCNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of x (B, 3, H, W) in [0, 1]. Errors: as `Normalize`."""
-        x = F.dropout(self.normalize(x), 0.2, self.training)  # a dropped value is the mean's
+        x = F.dropout(self.normalize(x), 0.2, self.training)  # a dropped value becomes the mean
         x = self.block1(x)  # (B, c1, 32, 32)
         x = self.block2(x)
         x = F.dropout(self.block3(x), 0.5, self.training)  # (B, c1, 16, 16)
@@ -106,7 +106,7 @@ def pixel_resnet(
 
 
 def get_param_groups(model: nn.Module, weight_decay: float = 1e-3) -> list[dict]:
-    """Two groups for an optimizer: the weights of convolutions and linear layers, which decay, and all the rest.
+    """Two groups for an optimizer: the weights of convolutions and linear layers, which decay, and the rest.
 
     The rest is biases and BatchNorm's parameters; every parameter is in exactly one group.
     Source: T. He et al., Bag of Tricks for Image Classification, 2019, section 3.1 ("no bias decay").

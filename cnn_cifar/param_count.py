@@ -9,9 +9,9 @@ output positions:
     FLOPs = 2 · k² C_in C_out · H W      (a multiply-add counts as 2; a linear layer has k = H = W = 1).
 
 So few weights at many positions can cost as much arithmetic as many weights at few. What BatchNorm, biases, ReLU
-and pooling add is left out, as is usual; forward hooks read the sizes off a pass without numbers (on PyTorch's meta
-device). The table says of each layer how many of its parameters decay (`get_param_groups`). metrics.json has the total
-beside that of torchvision's model, where there is one.
+and pooling add is left out, as is usual; forward hooks read the sizes in a forward pass without data (on PyTorch's
+meta device). The table also says how many of each layer's parameters get weight decay (`get_param_groups`).
+metrics.json has the total beside that of torchvision's model, where there is one.
 
 Writes param_count.csv, params.png, metrics.json.
 Source: He et al. 2016, table 1 (which gives multiply-adds).
@@ -48,7 +48,7 @@ def build_parser():
 
 
 def build_model(name: str, cifar_stem: bool, plain: bool) -> nn.Module:
-    """The network, without storage for its numbers. Errors: `UserError` when All-CNN is to be a ResNet's variant."""
+    """The network on the meta device. Errors: `UserError` when All-CNN is given a ResNet's flags."""
     if name == "allcnn" and (cifar_stem or plain):
         raise UserError("--cifar-stem and --plain are variants of a ResNet; allcnn has neither")
     with torch.device("meta"):
@@ -128,7 +128,7 @@ def by_stage(rows: list[dict]) -> list[dict]:
 
 
 def smallest_maps(rows: list[dict]) -> dict:
-    """What the layers with the fewest positions, linear ones aside, hold and do: H×W, shares of the whole."""
+    """The layers with the fewest positions, linear ones aside: H×W, their shares of parameters and FLOPs."""
     fewest = min(row["positions"] for row in rows if row["kind"] != "Linear")
     mine = [row for row in rows if row["positions"] == fewest and row["kind"] != "Linear"]
     shares = {f"{column}_share": total(mine, column) / total(rows, column) for column in ("parameters", "flops")}

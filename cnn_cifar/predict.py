@@ -1,16 +1,16 @@
-"""What is on this picture?
+"""What is in this picture?
 
     python cnn_cifar/predict.py
     python cnn_cifar/predict.py my_cat.jpg folder_of_pictures
     python cnn_cifar/predict.py --ckpt runs/cnn_cifar/fast_cifar/best.pth my_cat.jpg
 
 Classifies image files, or all images of a folder, with a network that allcnn.py or fast_cifar.py trained; without
-either, the first 16 test images. A picture is brought to 32×32 pixels first: its middle square, made smaller by the
-mean over the pixels that fall together. The figure shows what the network saw, and its three likeliest classes:
+paths, the first 16 test images. A picture is brought to 32×32 pixels first: its middle square, shrunk by averaging the
+pixels that fall together. The figure shows what the network saw, and its three likeliest classes:
 
     p(class k) = exp(z_k) / Σ_j exp(z_j)        of the logits z
 
-Whatever is on the picture, the network knows its ten classes only, and their probabilities add up to 1.
+Whatever is in the picture, the network knows only its ten classes, and their probabilities add up to 1.
 
 Writes predictions.png, predictions.csv, metrics.json.
 Shapes: N pictures, K classes.

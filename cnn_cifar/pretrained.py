@@ -1,4 +1,4 @@
-"""Networks that begin with weights from elsewhere: a file, or torchvision's of ImageNet.
+"""Networks that start from pretrained weights: those in a file, or torchvision's for ImageNet.
 
 Shapes: B images, F features.
 """
@@ -33,10 +33,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def imagenet_weights(name: str, folder: str | Path, instead: str) -> dict[str, Tensor]:
-    """The weights of ImageNet that torchvision has for its model `name`, under torchvision's file name in `folder`.
+    """torchvision's ImageNet weights for its model `name`, under torchvision's file name in `folder`.
 
     They are downloaded when they are not there. instead: what else the user can do.
-    Errors: `UserError` when they are neither there nor to be downloaded, or damaged.
+    Errors: `UserError` when they are neither there nor can be downloaded, or are damaged.
     """
     url = get_model_weights(name).IMAGENET1K_V1.url
     path = Path(folder) / Path(url).name
@@ -47,7 +47,7 @@ def imagenet_weights(name: str, folder: str | Path, instead: str) -> dict[str, T
             options = {"map_location": "cpu", "progress": False, "check_hash": True, "weights_only": True}
             return torch.hub.load_state_dict_from_url(url, str(folder), **options)
     except Exception as error:  # anything from URLError to a hash that is wrong
-        missing = f"{path.name} is not in {folder} and could not be had from {url} ({error})"
+        missing = f"{path.name} is not in {folder} and could not be downloaded from {url} ({error})"
         raise UserError(f"{missing}; put it there, {instead}") from None
 
 

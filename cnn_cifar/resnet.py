@@ -1,6 +1,6 @@
 """Residual networks (ResNet-18, 34, 50, 101, 152), with torchvision's module names, and their plain twins.
 
-A block learns the difference to its input, in place of the output (He et al. 2016, eq. 1 and 2):
+A block learns the difference from its input, not the output itself (He et al. 2016, eq. 1 and 2):
 
     y = relu(F(x) + x),      y = relu(F(x) + W_s x)  where F changes the shape,
 
@@ -10,7 +10,7 @@ BN; `downsample`). `residual=False` is the plain network of the same layers, y =
 
 A bottleneck's stride of 2 sits in its 3×3 convolution, not in the first 1×1, which would skip three of four positions
 ("v1.5"; Goyal et al. 2017). Convolutions start as N(0, 2 / (k² C_out)), which keeps the variance of the gradients from
-layer to layer (He et al. 2015, eq. 14). State dicts go both ways between these and torchvision's models.
+layer to layer (He et al. 2015, eq. 14). State dicts are interchangeable with those of torchvision's models.
 
 Sources: He, Zhang, Ren and Sun, Delving Deep into Rectifiers, 2015; the same, Deep Residual Learning for Image
 Recognition, 2016; Goyal et al., Accurate, Large Minibatch SGD, 2017.
@@ -85,7 +85,7 @@ class ResNet(nn.Module):
     """Stem, four stages of blocks, average over the positions, linear layer: (B, 3, H, W) → logits (B, K).
 
     It takes normalised images: its state dict is torchvision's, so mean and deviation have no place in it. The stages
-    have width, 2, 4 and 8 times the width channels (times the expansion); 64 is the paper's. In the comments w = width.
+    have 1, 2, 4 and 8 times `width` channels (times the expansion); the paper's width is 64. In the comments w = width.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class ResNet(nn.Module):
         width: int = 64,
     ):
         super().__init__()
-        if cifar_stem:  # 32×32 leaves no pixels to give away
+        if cifar_stem:  # 32×32 is too small to shrink at once
             self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
             self.maxpool = nn.Identity()
         else:

@@ -9,11 +9,12 @@ shortcuts and without:
 
     residual   y = relu(F(x) + x)           plain   y = relu(F(x))
 
-Both of a depth see the same images in the same order, by SGD with Nesterov's momentum and one cycle of the rate, each
-at the one of `--lrs` that is better on validation images for the first seed. Compared are the test images; a difference
-is the mean over the seeds of (plain − residual) with Student's 95 % interval. At every update ‖∂L/∂W‖ of every
-convolution is kept: at the first it shows what the initialisation does; later the networks differ in their loss, their
-weights and perhaps their rate as well, and so do the gradients. `--no-amp` computes in float32.
+Both networks of a depth see the same images in the same order and are trained by SGD with Nesterov's momentum and one
+cycle of the learning rate, whose peak is the one of `--lrs` that is better on validation images for the first seed.
+They are compared on the test images; a difference is the mean over the seeds of (plain − residual) with Student's 95 %
+interval. At every update ‖∂L/∂W‖ of every convolution is recorded: at the first it shows what the initialisation does;
+later the networks differ in their loss, their weights and perhaps their learning rate as well, and so do the gradients.
+`--no-amp` computes in float32.
 
 Writes residual_vs_plain.png, gradient_flow.png, depth_<n>_<kind>_<lr>_<seed>.npz (arrays norms, losses), history.csv,
 metrics.json.
@@ -55,7 +56,7 @@ def build_parser():
     parser.add_argument("--width", type=positive_int, default=16, help="channels of the first stage (the paper's: 64)")
     parser.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
     parser.add_argument("--train-size", type=positive_int, help="images to train on (default: all)")
-    rates = "highest learning rates, of which each network gets the better one"
+    rates = "peak learning rates to try; each network gets the best"
     parser.add_argument("--lrs", type=positive_float, nargs="+", default=[0.03, 0.1], help=rates)
     add_amp(parser, default=True)
     add_seeds(parser, [0, 1, 2], "one training of each network", least=2)
@@ -80,7 +81,7 @@ def main(argv=None) -> dict:
             tried = {lr: train(depth, kind, lr, args.seeds[0], data, args, run) for lr in args.lrs}
             lr = max(args.lrs, key=lambda lr: tried[lr]["val_accuracy"])
             found = [tried[lr], *(train(depth, kind, lr, seed, data, args, run) for seed in args.seeds[1:])]
-            for one in found:  # a rate that diverges is a result; one that is the best of all is a mistake
+            for one in found:  # a rate that diverges is a result, unless it is the chosen one
                 check_finite(one["train_loss"], len(one["losses"]), lr, "--lrs")
             trained[depth, kind] = found
             row |= {f"{kind}_lr": lr, f"{kind}_tried": {f"{lr:g}": one["val_accuracy"] for lr, one in tried.items()}}
@@ -120,7 +121,7 @@ def main(argv=None) -> dict:
 
 
 def said(difference: list[float]) -> str:
-    """What the accuracies of plain − residual show, a number for each seed."""
+    """What the differences in accuracy, plain − residual, show; one for each seed."""
     mean, half = np.mean(difference), half_width(difference)
     size = f"{100 * abs(mean):.1f} ± {100 * half:.1f} points"
     if abs(mean) <= half:
@@ -129,7 +130,7 @@ def said(difference: list[float]) -> str:
 
 
 def convolutions(network: nn.Module) -> list[nn.Parameter]:
-    """The weights of the convolutions on the path through all blocks, the stem's first; W_s is on none of them."""
+    """The weights of the convolutions on the path through all blocks, the stem's first; without the shortcuts' W_s."""
     named = network.named_parameters()
     return [weight for name, weight in named if weight.ndim == 4 and "downsample" not in name]
 

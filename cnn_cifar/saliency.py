@@ -8,12 +8,12 @@ integrated gradients, Grad-CAM (attributions.py has the equations). And two test
 images that the network gets right:
 
 - The layers' weights are shuffled one after the other, from the logits down. A map that explains the network should
-  soon have nothing in common with the one before (rank correlation 0). Shuffled weights change signs, so a map with
-  signs loses them at once and may keep the rest: integrated gradients are compared with and without.
+  soon have nothing in common with the original (rank correlation 0). Shuffling changes the weights' signs, so a signed
+  map loses its signs at once and may keep its magnitudes: integrated gradients are compared with and without signs.
 - The pixels are replaced by the mean colour, the map's largest first; a good map makes the probability fall at once
-  (deletion), and rise at once where they are put in (insertion). How fast depends on the grain of the order as well:
-  scattered pixels spoil an image sooner than patches do. So each map is held against the same kind of map of another
-  image, and the difference counts.
+  (deletion), and rise at once when they are put in (insertion). How fast also depends on how scattered they are: single
+  pixels spoil an image sooner than patches do. So each map is compared with the same kind of map of another image, and
+  the difference counts.
 
 Writes saliency_maps.png, randomization.png, deletion_insertion.png, metrics.json.
 Sources: Simonyan et al. 2014; Sundararajan et al. 2017; Selvaraju et al. 2017; Adebayo et al. 2018; Petsiuk et al.
@@ -61,9 +61,9 @@ def build_parser():
     parser.add_argument(
         "--ckpt", metavar="FILE", help="a trained network (default: allcnn.py's, or else fast_cifar.py's)"
     )
-    parser.add_argument("--images", type=positive_int, default=200, help="test images, of those it gets right")
-    parser.add_argument("--steps", type=positive_int, default=32, help="of integrated gradients' sum")
-    parser.add_argument("--parts", type=positive_int, default=16, help="of the pixels taken away one after the other")
+    parser.add_argument("--images", type=positive_int, default=200, help="test images, of those the network gets right")
+    parser.add_argument("--steps", type=positive_int, default=32, help="terms of integrated gradients' sum")
+    parser.add_argument("--parts", type=positive_int, default=16, help="parts in which the pixels are taken away")
     return parser
 
 

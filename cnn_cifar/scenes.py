@@ -1,8 +1,8 @@
-"""Scenes to find digits in: some digits of other sizes, turned, at places of their own, among shreds of other digits.
+"""Scenes to find digits in: digits of several sizes, turned, at random places, among shreds (cut-outs) of other digits.
 
-A scene is drawn by laying layers over each other, the brighter pixel wins: each digit and each shred is one layer, its
-image moved there by an affine map. A digit's box is the tightest one around what its own layer shows, so it is exact
-also where digits overlap. Everything is drawn from a generator: the same seed and digits give the same scenes.
+A scene is the pixelwise maximum of its layers: each digit and each shred is one layer, its image put there by an affine
+map. A digit's box is the tightest one around what its own layer shows, so it is exact even where digits overlap.
+Everything is drawn from a generator: the same seed and digits give the same scenes.
 Source: Mnih et al. 2014, Recurrent Models of Visual Attention (MNIST among shreds of digits).
 Shapes: N scenes uint8 (N, 1, 128, 128), L layers of a kind, boxes (left, top, right, bottom) in pixels.
 """
@@ -17,10 +17,10 @@ from cnn_cifar.inputs import pixels
 
 SIDE = 128  # pixels of a scene
 CELLS = 3  # in each direction; a digit stands near the middle of one, no two in the same
-MOST = 6  # digits of a scene, at least 2
+MOST = 6  # digits of a scene; the fewest are 2
 SIZES = 22.0, 44.0  # pixels of a side of the digit's image, whose strokes fill about two thirds of it
-DEGREES, JITTER = 15.0, 9.0  # turned at most so far; off the cell's middle by so many pixels
-SHREDS, SHRED = 10, 8  # of digits that are not to be found, and their side in pixels
+DEGREES, JITTER = 15.0, 9.0  # the largest turn; the largest offset from the cell's middle, in pixels
+SHREDS, SHRED = 10, 8  # how many, none of them to be found, and their side in pixels
 NOISE = 0.08  # standard deviation of what is added to every pixel
 INK = 0.3  # a pixel this bright belongs to a digit
 TOGETHER = 64  # scenes
@@ -68,7 +68,7 @@ def _draw(x: Tensor, y: Tensor, n: int, generator: Generator) -> tuple[Tensor, l
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(shape, generator=generator)
 
-    # Digits. Each scene's cells in an order of its own; the first ones get a digit.
+    # Digits. Each scene's cells in a random order; the first ones get a digit.
     cell = torch.rand(n, CELLS**2, generator=generator).argsort(1)[:, :MOST]  # (n, L)
     count = torch.randint(2, MOST + 1, (n,), generator=generator)
     there = torch.arange(MOST) < count[:, None]  # (n, L)

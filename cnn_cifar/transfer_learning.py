@@ -1,4 +1,4 @@
-"""How many labels does a network save that has seen other images before?
+"""How many labels does pretraining on other images save?
 
     python cnn_cifar/transfer_learning.py --epochs 5 --batch-size 64 --resize 224 --device cuda
     python cnn_cifar/transfer_learning.py --weights resnet18-f37072fd.pth --resize 224 --device cuda
@@ -10,15 +10,15 @@ A ResNet-18 learns the classes of `--dataset` from few labelled images, in three
     frozen        a pretrained network whose weights and BatchNorm statistics stay; only a new linear layer learns
     fine-tuned    the pretrained network and a new linear layer, all of it learns
 
-The pretrained weights are torchvision's of ImageNet (downloaded when they are not in `--data-dir`), those of
+The pretrained weights are torchvision's for ImageNet (downloaded when they are not in `--data-dir`), those of
 `--weights FILE` (a state dict with torchvision's names), or, with `--source`, made here on another data set; they are
-left as source.pth, which `--weights` reads. All three ways get the same labelled images and the same number of updates,
-without augmentation, each at the best of `--lrs` for the first seed on validation images, which are labelled too and
-not counted among the few; test images are read once for each training. A frozen network is asked once for each image:
-its features are then all that the linear layer sees.
+saved as source.pth, which `--weights` reads. All three ways get the same labelled images and the same number of
+updates, without augmentation, each with the one of `--lrs` that is best on validation images for the first seed (these
+are labelled too, and not counted among the few); test images are read once for each training. A frozen network sees
+each image once: the linear layer then learns from the stored features.
 
-Grey images become three equal channels; all get `--resize` pixels and are normalised with ImageNet's statistics. At 32
-pixels the stem and the stages leave a single position, which is enough for digits.
+Grey images become three equal channels; all are resized to `--resize` pixels and normalised with ImageNet's statistics.
+At 32 pixels the stem and the stages leave a single position, which is enough for digits.
 
 Writes transfer.png, source.png, source.pth, history.csv, metrics.json.
 With --resume a study that was stopped goes on with the trainings that are missing.
@@ -72,22 +72,22 @@ def build_parser():
     quick |= {"epochs": 1, "least_updates": 4, "batch_size": 16, "val_size": 300, "seeds": [0, 1], "lrs": [0.05]}
     parser = make_parser(__doc__, dataset="cifar10", quick=quick)
     add_data_flags(parser, batch_size=64, val_size=5000)
-    parser.add_argument("--weights", metavar="FILE", help="a pretrained ResNet-18's state dict, torchvision's names")
-    parser.add_argument("--source", metavar="NAME", help="pretrain here, on this data set (names as of --dataset)")
+    parser.add_argument("--weights", metavar="FILE", help="state dict of a pretrained ResNet-18, torchvision's names")
+    parser.add_argument("--source", metavar="NAME", help="pretrain here, on this data set (names as for --dataset)")
     parser.add_argument("--source-epochs", type=positive_int, default=2, help="with --source: passes over its images")
-    parser.add_argument("--source-size", type=positive_int, help="with --source: of its images, so many (default: all)")
-    parser.add_argument("--source-lr", type=positive_float, default=0.02, help="with --source: the highest rate there")
+    parser.add_argument("--source-size", type=positive_int, help="with --source: how many of its images (default: all)")
+    parser.add_argument("--source-lr", type=positive_float, default=0.02, help="with --source: highest learning rate")
     counts = "labelled images to learn from, of all classes together"
     parser.add_argument("--labels", type=positive_int, nargs="+", default=[100, 500, 2500], help=counts)
     parser.add_argument("--epochs", type=positive_int, default=5, help="passes over the labelled images")
-    least = "updates when so few images would give fewer: they are then passed over more often"
+    least = "fewest updates; where the epochs give fewer, the images are passed over more often"
     parser.add_argument("--least-updates", type=positive_int, default=250, help=least)
-    parser.add_argument("--resize", type=at_least(SMALLEST), default=224, help="pixels of a side that the network sees")
+    parser.add_argument("--resize", type=at_least(SMALLEST), default=224, help="side, in pixels, that the network sees")
     parser.add_argument("--width", type=positive_int, default=64, help="channels of the first stage (ResNet-18's: 64)")
     rates = {"type": positive_float, "nargs": "+", "default": [0.01, 0.1]}
     parser.add_argument("--lrs", **rates, help="highest learning rates of one cycle; each way gets the better one")
     add_amp(parser, default=True)
-    add_seeds(parser, [0, 1, 2], "other images, other starts", least=2)
+    add_seeds(parser, [0, 1, 2], "each with its own images and initial weights", least=2)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
     return parser
 
@@ -135,7 +135,7 @@ def main(argv=None) -> dict:
             lr = max(args.lrs, key=lambda lr: float(tried[lr]["val_accuracy"]))
             rest = (trained(way, count, seed, lr, given, seen_by[way], args, run) for seed in args.seeds[1:])
             rows[way, count], rates[way, count] = [tried[lr], *rest], lr
-            for row in rows[way, count]:  # a rate that diverges is a result; one that is the best of all is a mistake
+            for row in rows[way, count]:  # a rate that diverges is a result, unless it is the chosen one
                 check_finite(float(row["train_loss"]), updates_for(count, args), lr, "--lrs")
     table = []
     for count in sorted(set(args.labels)):
@@ -195,7 +195,7 @@ def pretrained(source: Data, args: argparse.Namespace, run: Run) -> tuple[dict[s
 
 
 def trained(way: str, count: int, seed: int, lr: float, given: dict[str, Tensor], data: Data, args, run: Run) -> dict:
-    """The row of history.csv of one training, which is made unless it is there. data: of features for a frozen one."""
+    """The row of history.csv of one training, run unless the row is there. data: features where frozen."""
     key = {"way": way, "labels": count, "seed": seed, "lr": lr}
     if row := run.row(**key):
         return row
@@ -238,7 +238,7 @@ def seen(x: Tensor, side: int) -> Tensor:
 
 
 def fit(network: nn.Module, split: Split, lr: float, updates: int, seed: int, args) -> float:
-    """Train in place by SGD with Nesterov's momentum and one cycle of the rate; the mean loss of the updates (nats)."""
+    """Train in place by SGD with Nesterov's momentum and a one-cycle learning rate; the updates' mean loss (nats)."""
     device = split.y.device
     optimizer = torch.optim.SGD(get_param_groups(network, 5e-4), lr=lr, momentum=0.9, nesterov=True)
     network.train()
@@ -273,7 +273,7 @@ def features_of(data: Data, given: dict[str, Tensor], args) -> Data:
 
 @torch.no_grad()
 def accuracy(network: nn.Module, split: Split, args) -> float:
-    """The part of the images, or of features, classified right."""
+    """The fraction of the images, or of features, classified right."""
     with evaluating(network), autocast(split.y.device, args.amp):
         logits = torch.cat([network(seen(part, args.resize)).float() for part in split.x.split(250)])  # (N, K)
     return share(logits.argmax(1) == split.y)

@@ -1,12 +1,12 @@
 """A vision transformer: an image is cut into patches, and the patches are read like words.
 
     image ─ patches of 4×4, each by one linear map to d numbers ─ a class token before them ─ + positions ─ blocks
-                                                                  the class token's end ─ norm ─ logits
+                                                                  the class token, last ─ norm ─ logits
     block:   x ↦ x + attention(norm(x)),   x ↦ x + mlp(norm(x)),   mlp: d → 4 d → d with GELU
     attention, in each head:   softmax(q kᵀ / √d_head) v
 
 Nothing in it knows that an image has two dimensions, or that what is near belongs together: the positions are learned.
-With `stem="conv"` two convolutions of stride 2 make the patches' numbers, which see a little beyond their patch.
+With `stem="conv"` two convolutions of stride 2 embed the patches, and see a little beyond each.
 
 Sources: Dosovitskiy et al. 2021 (the network); Xiao et al. 2021, arXiv 2106.14881 (convolutions as the first step);
 Abnar and Zuidema 2020 (attention rollout).
@@ -33,7 +33,7 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def weights_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """How much each token looks at each (B, h, T, T), 1 in all, and what it sees there (B, h, T, d/h)."""
+        """How much each token attends to each (B, h, T, T), 1 in all, and the tokens' values (B, h, T, d/h)."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, T, d/h) each
         return (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1), v
 
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a layer for each token by itself, each added to what came in: (B, T, d) → (B, T, d)."""
+    """Attention, then an MLP for each token by itself, each added to its input: (B, T, d) → (B, T, d)."""
 
     def __init__(self, dim: int, heads: int, ratio: int, dropout: float):
         super().__init__()
@@ -62,8 +62,8 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Images (B, 1, S, S) of [0, 1] → logits (B, K). Normalisation is part of it.
 
-    Errors: `UserError` when the side is no multiple of the patch, or the width none of the heads, or an odd patch is to
-    come from convolutions.
+    Errors: `UserError` when the side is no multiple of the patch, or the width none of the heads, or the patch is
+    odd and the stem convolutional.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def attention_weights(self, x: Tensor) -> Tensor:
-        """How much each token looks at each, in every block: (depth, B, h, T, T)."""
+        """How much each token attends to each, in every block: (depth, B, h, T, T)."""
         x, found = self.tokens(x), []
         for block in self.blocks:
             found.append(block.attention.weights_and_values(block.norm1(x))[0])
@@ -121,10 +121,10 @@ class ViT(nn.Module):
 
 
 def rollout(weights: Tensor) -> Tensor:
-    """How much of each patch comes into the class token's end: (depth, B, h, T, T) → (B, T − 1), adding up to 1.
+    """How much of each patch reaches the class token in the end: (depth, B, h, T, T) → (B, T − 1), adding up to 1.
 
-    A block passes on half of what a token was and half of what it looked at, the mean over the heads; the blocks'
-    matrices are multiplied. The class token's own share is left out.
+    A block is taken to pass on half of the token itself and half of what it attends to, the mean over the heads; the
+    blocks' matrices are multiplied. The class token's own share is left out.
     """
     mean = weights.mean(2)  # (depth, B, T, T)
     mixed = (mean + torch.eye(mean.shape[-1], device=mean.device)) / 2
@@ -136,6 +136,6 @@ def rollout(weights: Tensor) -> Tensor:
 
 
 def position_similarity(model: ViT) -> Tensor:
-    """The cosine of each patch's position with every other's: (T − 1, T − 1)."""
+    """The cosine similarity of each patch's position embedding to every other's: (T − 1, T − 1)."""
     positions = F.normalize(model.positions.detach()[0, 1:], dim=1)
     return positions @ positions.T

@@ -8,8 +8,8 @@
     vgg16      torchvision's, thirteen convolutions
     alexnet    torchvision's, five
 
-The last two come with ImageNet's weights (pretrained.py): then they see 224×224 pixels of three equal channels,
-their convolutions stay as they are, and only the layers after them learn. Without weights they are trained from
+The last two can start from ImageNet's weights (pretrained.py): then they see 224×224 pixels of three equal channels,
+their convolutions are frozen, and only the layers after them learn. Without weights they are trained from
 scratch, on images padded to 32×32: VGG16 with a classifier for its one remaining position, AlexNet also with a first
 convolution of 3×3 without stride, since its own, 11×11 with stride 4, would leave nothing.
 
@@ -71,7 +71,7 @@ def deep_cnn(num_classes: int = 10) -> nn.Sequential:
 
 
 def slim_cnn(num_classes: int = 10) -> nn.Sequential:
-    """Seven convolutions and no hidden layer: fewer parameters than the CNN, more of them at work at each position."""
+    """Seven convolutions and no hidden layer: fewer parameters than the CNN, nearly all of them in convolutions."""
     layers: list[nn.Module] = [Normalize(**MNIST)]
     widths = (1, 32, 32, 64, 64, 96, 96, 128)
     for index, pair in enumerate(pairwise(widths)):
@@ -84,7 +84,7 @@ def slim_cnn(num_classes: int = 10) -> nn.Sequential:
 class Torchvision(nn.Module):
     """torchvision's VGG16 or AlexNet for digits: (B, 1, 28, 28) of [0, 1] → logits (B, K).
 
-    weights: ImageNet's state dict; `features` is then fixed, and stays in evaluation mode. None: all of it learns, on
+    weights: ImageNet's state dict; the convolutions are then frozen, in evaluation mode. None: all of it learns, on
     32×32 pixels. Errors: `UserError` when the weights are another network's.
     """
 
@@ -107,7 +107,7 @@ class Torchvision(nn.Module):
         self.convolutions.requires_grad_(not self.frozen)
 
     def train(self, mode: bool = True) -> "Torchvision":
-        """As always, but what is frozen stays in evaluation mode."""
+        """As for any module, but what is frozen stays in evaluation mode."""
         super().train(mode)
         self.convolutions.train(mode and not self.frozen)
         return self
@@ -134,7 +134,7 @@ TITLES = {"fcnn": "FCNN", "cnn": "CNN", "deep_cnn": "deep CNN", "slim_cnn": "sli
 
 
 def title_of(name: str, pretrained: bool) -> str:
-    """What a figure calls one of `MODELS`; for one of `TORCHVISION` with what it begins."""
+    """What a figure calls one of `MODELS`; for one of `TORCHVISION` also how it is initialised."""
     if name in TITLES:
         return TITLES[name]
     if pretrained:

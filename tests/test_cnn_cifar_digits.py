@@ -207,7 +207,8 @@ def test_a_comparison_that_cannot_be_made_gets_one_line(digits, tmp_path, fails,
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", offline)
     pretrained = [*flags, "--models", "vgg16", "--pretrained", "--weights-dir", tmp_path]
     said = fails(compare_mnist_models, pretrained, out)
-    assert f"vgg16-397923af.pth is not in {tmp_path} and could not be had from https://download.pytorch.org" in said
+    missing = f"vgg16-397923af.pth is not in {tmp_path} and could not be downloaded from https://download.pytorch.org"
+    assert missing in said
     assert "leave --pretrained out" in said
     (tmp_path / "vgg16-397923af.pth").write_text("weights")
     assert "is damaged or no file of weights" in fails(compare_mnist_models, pretrained, out)
