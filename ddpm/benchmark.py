@@ -6,10 +6,13 @@
 An update is forward, backward, clipping, the optimizer (here Muon, for the peer AdamW) and that of the mean weights, as
 in train_ddpm.py; an image-step is one image through the network once, without gradients, as in sampling.py. The
 peer is the UNet that is common for 28×28 digits, built here: dim 32, multipliers 1, 2 and 4 at 28×28, 14×14 and 7×7,
-two blocks and full attention of four heads at each size, on the way down and up. Both in float32 and in bfloat16; the
-peer channels first, as is usual, the network here channels last. evaluate.py measures the quality.
+two blocks and attention of four heads at each size, on the way down and up. Implementations differ in the attention at
+28×28 and 14×14, so that there are two peers: one has full attention there, too, the other linear attention. All in
+float32 and in bfloat16; the peers channels first, as is usual, the network here channels last. evaluate.py measures the
+quality.
 
-All are measured in turn, `--repeats` times; the shortest time of each counts.
+All are measured in turn, `--repeats` times; the shortest time of each counts. The network here is compared in its
+faster precision (bfloat16 only where the processor has it) with the peers in their usual float32.
 Writes speed.png, metrics.json. Shapes: B images of a batch.
 """
 
@@ -33,7 +36,8 @@ from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 
-OURS, PEER = "this UNet", "a common UNet"
+OURS, PEERS = "this UNet", {"full": "common UNet, full attention", "linear": "common UNet, linear attention"}
+PRECISIONS = {"float32": False, "bfloat16": True}  # whether products run in bfloat16
 
 
 def build_parser():
@@ -45,13 +49,14 @@ def build_parser():
 
 
 class PeerAttention(nn.Module):
-    """Full attention of four heads of 32 over all positions: (B, c, H, W) → the same.
+    """Attention of four heads of 32 over all positions, full or linear in their number: (B, c, H, W) → the same.
 
-    By PyTorch's fused kernel, which over so many positions is twice as fast as two products on a CPU.
+    Source of the linear one: Shen et al. 2021, arXiv 1812.01243.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, full: bool):
         super().__init__()
+        self.full = full
         self.norm = nn.GroupNorm(1, channels)
         self.qkv, self.out = nn.Conv2d(channels, 3 * 128, 1, bias=False), nn.Conv2d(128, channels, 1)
 
@@ -59,14 +64,20 @@ class PeerAttention(nn.Module):
         """See the class."""
         qkv = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, 4, 32)).transpose(3, 4)  # (B, 3, 4, H W, 32)
         q, k, v = (each.contiguous() for each in qkv.unbind(1))  # without copies the kernel takes three times as long
-        seen = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)  # (B, 4, 32, H W)
-        return x + self.out(seen.flatten(1, 2).unflatten(2, x.shape[2:]))
+        if self.full:
+            seen = F.scaled_dot_product_attention(q, k, v)  # (B, 4, H W, 32)
+        else:
+            seen = q.softmax(3) / math.sqrt(32) @ (k.softmax(2).transpose(2, 3) @ v)  # the right product is (32, 32)
+        return x + self.out(seen.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:]))
 
 
 class PeerUNet(nn.Module):
-    """The UNet of the common implementations at dim 32, multipliers 1, 2, 4: (B, 1, 28, 28), t (B,) → the same."""
+    """The UNet of the common implementations at dim 32, multipliers 1, 2, 4: (B, 1, 28, 28), t (B,) → the same.
 
-    def __init__(self, dim: int = 32):
+    attention: at 28×28 and 14×14, `full` or `linear`; at 7×7 it is full.
+    """
+
+    def __init__(self, attention: str, dim: int = 32):
         super().__init__()
         sizes, width = [dim, dim, 2 * dim, 4 * dim], 4 * dim
         self.dim = dim
@@ -75,12 +86,14 @@ class PeerUNet(nn.Module):
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         for level, (before, after) in enumerate(pairwise(sizes)):
             last = level == 2
-            blocks = [Block(before, before, width), Block(before, before, width), PeerAttention(before)]
+            full = last or attention == "full"
+            blocks = [Block(before, before, width), Block(before, before, width), PeerAttention(before, full)]
             self.downs.append(nn.ModuleList([*blocks, nn.Conv2d(before, after, 3, 1 if last else 2, 1)]))
-            blocks = [Block(after + before, after, width), Block(after + before, after, width), PeerAttention(after)]
-            self.ups.insert(0, nn.ModuleList([*blocks, nn.Conv2d(after, before, 3, padding=1)]))
+            blocks = [Block(after + before, after, width), Block(after + before, after, width)]
+            up = [*blocks, PeerAttention(after, full), nn.Conv2d(after, before, 3, padding=1)]
+            self.ups.insert(0, nn.ModuleList(up))
         self.middle = nn.ModuleList(
-            [Block(4 * dim, 4 * dim, width), PeerAttention(4 * dim), Block(4 * dim, 4 * dim, width)]
+            [Block(4 * dim, 4 * dim, width), PeerAttention(4 * dim, True), Block(4 * dim, 4 * dim, width)]
         )
         self.end, self.last = Block(2 * dim, dim, width), nn.Conv2d(dim, 1, 1)
 
@@ -111,10 +124,10 @@ def main(argv=None) -> dict:
     run = start_run(args)
     seed_everything(args.seed)
     ours = UNet().to(device, memory_format=torch.channels_last)
-    networks = {OURS: ours, PEER: PeerUNet().to(device)}
+    networks = {OURS: ours} | {name: PeerUNet(attention).to(device) for attention, name in PEERS.items()}
     calls: dict[tuple[str, str], Callable[[], None]] = {}
     for name, network in networks.items():
-        for kind, amp in (("float32", False), ("bfloat16", True)):
+        for kind, amp in PRECISIONS.items():
             calls[f"{name}, {kind}", "images_per_second"] = training_call(network, args.batch_size, amp, device)
             calls[f"{name}, {kind}", "image_steps_per_second"] = step_call(network, args.batch_size, amp, device)
     least = least_seconds(calls, args.repeats)
@@ -124,15 +137,24 @@ def main(argv=None) -> dict:
         rows.append({"what": what, **speeds})
         run.log(**rows[-1])
     by_name = {row["what"]: row for row in rows}
-    best, usual = by_name[f"{OURS}, bfloat16"], by_name[f"{PEER}, float32"]
+    precision = max(PRECISIONS, key=lambda name: by_name[f"{OURS}, {name}"]["images_per_second"])
+    best = by_name[f"{OURS}, {precision}"]
     ratios = {
-        "training_against_peer": best["images_per_second"] / usual["images_per_second"],
-        "sampling_against_peer": best["image_steps_per_second"] / usual["image_steps_per_second"],
+        attention: {
+            "training": best["images_per_second"] / by_name[f"{name}, float32"]["images_per_second"],
+            "sampling": best["image_steps_per_second"] / by_name[f"{name}, float32"]["image_steps_per_second"],
+        }
+        for attention, name in PEERS.items()
     }
-    sizes = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-    save_figure(draw(rows, ratios, sizes), run.path("speed.png"))
-    found = {"parameters": sizes[OURS], "parameters_of_peer": sizes[PEER], "batch_size": args.batch_size}
-    return run.finish({**ratios, **found, "threads": torch.get_num_threads(), "cases": rows})
+    size, peers = (sum(p.numel() for p in network.parameters()) for network in (ours, networks[PEERS["full"]]))
+    save_figure(draw(rows, ratios, precision, size, peers), run.path("speed.png"))
+    found = {
+        "precision": precision,
+        "best": best,
+        "peers": {name: by_name[f"{name}, float32"] for name in PEERS.values()},
+    }
+    found |= {"parameters": size, "parameters_of_peers": peers, "batch_size": args.batch_size}
+    return run.finish({"ratios": ratios, **found, "threads": torch.get_num_threads(), "cases": rows})
 
 
 def training_call(network: nn.Module, batch_size: int, amp: bool, device: torch.device) -> Callable[[], None]:
@@ -184,9 +206,9 @@ def least_seconds(calls: dict, repeats: int) -> dict:
     return least
 
 
-def draw(rows: list[dict], ratios: dict[str, float], sizes: dict[str, int]):
+def draw(rows: list[dict], ratios: dict[str, dict[str, float]], precision: str, size: int, peers: int):
     """Images a second in training, and image-steps a second in sampling."""
-    figure, axes = new_figure(1, 2, width=10.4, height=3.2)
+    figure, axes = new_figure(1, 2, width=10.4, height=3.8)
     keys = {"images_per_second": "images per second of training", "image_steps_per_second": "image-steps per second"}
     for ax, (key, label) in zip(axes[0], keys.items(), strict=True):
         for at, row in enumerate(rows):
@@ -197,8 +219,9 @@ def draw(rows: list[dict], ratios: dict[str, float], sizes: dict[str, int]):
         ax.margins(x=0.16)
         ax.set(xlabel=label)
     figure.suptitle(
-        f"{sizes[OURS]:,} parameters in bfloat16 against {sizes[PEER]:,} in float32:\n"
-        f"{ratios['training_against_peer']:.1f} times the images, {ratios['sampling_against_peer']:.1f} times the steps"
+        f"{size:,} parameters in {precision} against {peers:,} in float32, full and linear attention: "
+        f"{ratios['full']['training']:.1f} and {ratios['linear']['training']:.1f} times\n"
+        f"the images, {ratios['full']['sampling']:.1f} and {ratios['linear']['sampling']:.1f} times the steps"
     )
     return figure
 

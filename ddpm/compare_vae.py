@@ -39,8 +39,8 @@ READ = {  # experiment, and what is read from the metrics of its training, sampl
         "vae",
         {
             "train": ("z_dim", "training_seconds", "parameters", "train_images"),
-            "sample": ("generation_seconds", "samples"),
-            "evaluate": ("bits_per_pixel",),
+            "sample": ("z_dim", "generation_seconds", "samples"),
+            "evaluate": ("z_dim", "bits_per_pixel"),
         },
     ),
     DIFFUSION: (
@@ -76,6 +76,9 @@ def main(argv=None) -> dict:
         path = find_output(args, next(iter(runs)), "history.csv", experiment)
         history = np.genfromtxt(path, delimiter=",", names=True, ndmin=1)
         losses[name] = history["val_kl"] - history["val_reconstruction"] if name == VAE else history["val_loss"]
+    if len({metrics["z_dim"] for metrics in about[VAE]}) > 1:
+        numbers = ", ".join(f"{run}: {metrics['z_dim']}" for run, metrics in zip(READ[VAE][1], about[VAE], strict=True))
+        raise UserError(f"the runs of vae are of models with different numbers of latents ({numbers})")
     if args.n < FEWEST:
         raise UserError(f"--n {args.n}: a distance needs {FEWEST} images or more")
     data = load(args)

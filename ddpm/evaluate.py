@@ -69,10 +69,11 @@ def main(argv=None) -> dict:
     features, probabilities = {}, {}
     for name, x in (("samples", samples), ("real", data.val.x), ("test", data.test.x)):
         features[name], probabilities[name] = seen(classifier, x)
+    compared = distances(features)
     found = {
-        "frechet_error": frechet_error(features["samples"], features["test"]),
+        "frechet_error": frechet_error(features["samples"][: compared["compared_images"]], features["test"]),
         "accuracy": float((probabilities["test"].argmax(1) == data.test.y).mean()),
-        **distances(features),
+        **compared,
         **classes(probabilities, labels),
     }
     save_figure(draw_classes(probabilities, data, found), run.path("classes.png"))

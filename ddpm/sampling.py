@@ -85,7 +85,8 @@ def main(argv=None) -> dict:
     images = images[:, 0] if images.shape[1] == 1 else images.transpose(0, 2, 3, 1)
     made_by = fingerprint(model)
     save_arrays(run.path("samples.npz"), images=images, labels=labels, model=made_by)
-    rate = len(images) * steps / seconds
+    passes = steps * (1 if args.guidance in (0, 1) else 2)  # guided, each step asks the network with and without label
+    rate = len(images) * passes / seconds
     way = f"{steps} steps of {NAMES[args.sampler]}"
     way += f", η = {args.eta:g}" if args.sampler == "ddim" else ""
     way += f", guidance {args.guidance:g}" if args.guidance != 1 else ""

@@ -30,7 +30,7 @@ MAX_FIGURE_BYTES = 300_000
 _NAMES = ("AE", "ELBO", "F1", "FLOPs", "GFLOP", "GFLOPs", "Gabor", "K", "KL", "MB", "McNemar", "MSE", "NumPy", "PCA")
 _SPELLED = {name.lower(): name for name in _NAMES}  # in the heads of columns
 _SPELLED |= {"beta": "β", "delta in": "δ_in", "delta out": "δ_out", "eps": "ε", "frechet": "Fréchet", "knn": "k-NN"}
-_SPELLED |= {"kneser ney": "Kneser-Ney", "lr": "rate", "std": "deviation", "torch": "PyTorch"}
+_SPELLED |= {"kneser ney": "Kneser-Ney", "lr": "learning rate", "std": "deviation", "torch": "PyTorch"}
 _MARKED = re.compile(r"(<!-- (runs|results|table|value)\b(.*?) -->)(.*?)(<!-- /\2 -->)", re.DOTALL)
 
 

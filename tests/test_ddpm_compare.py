@@ -27,8 +27,8 @@ def write_runs(top, n=40):
     flipped = np.where(rng.random(small.shape) < 0.2, 255 - small, small).astype(np.uint8)
     files = {
         "vae/train": {"z_dim": 8, "training_seconds": 10.0, "parameters": 5000, "train_images": 900},
-        "vae/sample": {"generation_seconds": 0.02, "samples": 40},
-        "vae/evaluate": {"bits_per_pixel": 0.25},
+        "vae/sample": {"z_dim": 8, "generation_seconds": 0.02, "samples": 40},
+        "vae/evaluate": {"z_dim": 8, "bits_per_pixel": 0.25},
         "ddpm/train_ddpm": {"training_seconds": 100.0, "parameters": 70_000, "train_images": 800},
         "ddpm/sampling": {"steps": 20, "seconds_per_image": 0.004},
         "ddpm/evaluate": {"bits_per_dimension": 2.5, "model": "m"},
@@ -111,6 +111,8 @@ def test_other_images_get_one_line(top, fails):
     assert "--dataset digits: the VAE was trained on fashion" in fails(compare_vae, given, out)
     path.write_text(before.replace("z_dim", "zdim"))
     assert "lacks z_dim: run `python vae/train.py`" in fails(compare_vae, given, out)
+    path.write_text(before.replace('"z_dim": 8', '"z_dim": 2'))
+    assert "different numbers of latents (train: 2, sample: 8, evaluate: 8)" in fails(compare_vae, given, out)
     path.write_text(before)
     assert "--n 9: a distance needs 10" in fails(compare_vae, [*given, "--n", 9], out)
     np.savez(top / "ddpm/sampling/samples.npz", images=np.zeros((40, 28, 28), np.uint8), model="other")

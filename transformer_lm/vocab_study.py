@@ -18,7 +18,7 @@ of the training text. 261 tokens are the bytes alone.
 
 Writes data_SIZE/ (as prepare_data.py), train_SIZE_LR_SEED/ (as train.py), vocab_study.png, history.csv, metrics.json.
 With --resume a study that was stopped goes on where it was.
-Sources: Sennrich et al. 2016; Kaplan et al. 2020 (the operations).
+Sources: Sennrich et al. 2016; Chowdhery et al. 2022, appendix B (the operations).
 """
 
 import argparse

@@ -156,7 +156,7 @@ def build_parser():
         "--mixture-sizes",
         type=positive_int,
         nargs="+",
-        default=[50, 100, 200, 400, 800],
+        default=[50, 100, 200, 400, 800, 1600, 3200],
         help="numbers of components to choose from",
     )
     return parser
