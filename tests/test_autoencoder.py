@@ -71,10 +71,8 @@ def twin(network):
             module.weight.data, module.bias.data = p["W"].T.clone(), p["b"].clone()
         elif isinstance(layer, BatchNorm1d):
             module = nn.BatchNorm1d(len(b["running_var"]), affine=bool(p), dtype=torch.float64)
-            if p:
-                module.weight.data, module.bias.data = p["gamma"].clone(), p["beta"].clone()
-            module.running_mean.copy_(b["running_mean"])
-            module.running_var.copy_(b["running_var"])
+            learned = {"weight": p["gamma"], "bias": p["beta"]} if p else {}
+            module.load_state_dict({**learned, **b}, strict=False)  # all but the number of batches
         else:
             module = {ReLU: nn.ReLU, GELU: nn.GELU, Sigmoid: nn.Sigmoid}[type(layer)]()
         modules.append(module)

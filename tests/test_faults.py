@@ -24,18 +24,18 @@ from shared_utils.data import load_images, load_text
 from shared_utils.runs import ROOT, read_json, start_run
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-SMALL = ["--dataset", "{pictures}", "--val-size", "12", "--batch-size", "16"]
+SMALL = ["--dataset", "{pictures}", "--val-size", "12", "--train-size", "60", "--batch-size", "16"]
 FLAGS = {  # more than --quick, where that has no checkpoint on its way
     "autoencoder/ae_experiments": [],
     "cnn_cifar/adversarial_training": [],
     "cnn_cifar/allcnn": ["--epochs", "3"],
-    "cnn_cifar/augmentation_study": [*SMALL, "--train-size", "60"],
+    "cnn_cifar/augmentation_study": SMALL,
     "cnn_cifar/compare_mnist_models": ["--models", "fcnn", "cnn", "--seeds", "0", "1", "--recipe", "strong"],
     "cnn_cifar/data_efficiency": ["--sizes", "32"],
     "cnn_cifar/detect_digits": ["--epochs", "3"],
     "cnn_cifar/fast_cifar": ["--epochs", "3"],
     "cnn_cifar/fast_cifar_ladder": SMALL,
-    "cnn_cifar/resnet_vs_plain": [*SMALL, "--train-size", "60"],
+    "cnn_cifar/resnet_vs_plain": SMALL,
     "cnn_cifar/transfer_learning": [],
     "ddpm/fid_vs_steps": ["--ckpt", "{ckpt}"],
     "ddpm/train_ddpm": ["--epochs", "4"],
