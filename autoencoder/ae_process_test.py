@@ -157,7 +157,7 @@ def draw_reconstructions(data: Inputs, output: Tensor, errors: Tensor, about: st
     labels = data.y_test.cpu().numpy()
     chosen = first_of_each(data.y_test, 2, len(data.classes)).cpu().numpy()
     figure, axes = new_figure(2, 1, width=11, height=2.9)
-    named = [f"{data.classes[labels[i]].split('/')[0]}" for i in chosen]
+    named = [data.classes[labels[i]].split("/")[0].replace(" ", "\n") for i in chosen]
     for ax, values, under, what in (
         (axes[0, 0], pixels(data.x_test), named, "test images"),
         (axes[1, 0], output, [f"{errors[i]:.4f}" for i in chosen], "reconstructions, and their MSE"),
