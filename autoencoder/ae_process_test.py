@@ -156,8 +156,8 @@ def draw_reconstructions(data: Inputs, output: Tensor, errors: Tensor, about: st
     """The first two test images of each class above their reconstructions, with the error of each."""
     labels = data.y_test.cpu().numpy()
     chosen = first_of_each(data.y_test, 2, len(data.classes)).cpu().numpy()
-    figure, axes = new_figure(2, 1, width=11, height=2.9)
-    named = [data.classes[labels[i]].split("/")[0].replace(" ", "\n") for i in chosen]
+    figure, axes = new_figure(2, 1, width=12.5, height=2.9)  # two names of two words fit side by side
+    named = [data.classes[labels[i]].split("/")[0] for i in chosen]
     for ax, values, under, what in (
         (axes[0, 0], pixels(data.x_test), named, "test images"),
         (axes[1, 0], output, [f"{errors[i]:.4f}" for i in chosen], "reconstructions, and their MSE"),
