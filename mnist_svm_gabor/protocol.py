@@ -8,11 +8,11 @@ Shapes: N images, D features of an image.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from mnist_svm_gabor.features import PrincipalAxes, Projection, principal_axes
+from mnist_svm_gabor.features import Projection, principal_axes
 from mnist_svm_gabor.svm import SVM, choose_svm, fit_svm
 from shared_utils.cli import UserError
 from shared_utils.data import Images, load_images, split_positions, stratified_order, subset
@@ -26,7 +26,7 @@ Fold = tuple[np.ndarray, np.ndarray]  # positions to fit to and to count errors 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried, each rising. Cs and gammas as in `fit_svm`, components and whitenings as in `PrincipalAxes`."""
+    """What is tried. Cs and gammas as in `fit_svm`, components and whitenings as in `PrincipalAxes`."""
 
     Cs: Sequence[float]
     gammas: Sequence[float]
@@ -90,51 +90,15 @@ def folds(y: np.ndarray, rng: np.random.Generator, n_classes: int) -> list[Fold]
 def search(x: np.ndarray, y: np.ndarray, parts: list[Fold], kernel: str, grid: Grid) -> list[dict]:
     """Try the whole grid on each fold of vectors x (N, D) and labels y (N,); a row per point, the best first.
 
-    Then the best point's neighbours beyond the ends of the grid are tried, one value changed at a time, as long as
-    one of them makes fewer errors: no choice is due to where the grid happens to end.
     Each row has components, whitening, C, gamma, val_errors (over all folds), val_accuracy, seconds.
     """
-    parts = [(train_at[:SEARCH_SIZE], val_at) for train_at, val_at in parts]
-    axes = [principal_axes(x[train_at]) for train_at, _ in parts]
-    rows = try_all(x, y, parts, axes, kernel, grid)
-    rows.sort(key=lambda row: (row["val_errors"], row["C"], row["gamma"], row["components"]))
-    while True:
-        best = rows[0]
-        for neighbour in beyond(best, grid):
-            rows += try_all(x, y, parts, axes, kernel, neighbour)
-        rows.sort(key=lambda row: row["val_errors"])  # a stable sort: with as many errors the earlier point stays first
-        if rows[0] is best:
-            return rows
-        chosen = {"Cs": rows[0]["C"], "gammas": rows[0]["gamma"], "components": rows[0]["components"]}
-        grid = replace(grid, **{name: sorted({*getattr(grid, name), value}) for name, value in chosen.items()})
-
-
-def beyond(best: dict, grid: Grid) -> list[Grid]:
-    """For each of C, gamma and components whose best value is the grid's first or last: the next one, as a grid.
-
-    The others keep their best value. The step is the ratio of the last two values; what has one value stays.
-    """
-    point = {"Cs": best["C"], "gammas": best["gamma"], "components": best["components"]}
-    alone = replace(grid, whitenings=[best["whitening"]], **{name: [value] for name, value in point.items()})
-    found = []
-    for name, value in point.items():
-        values = getattr(grid, name)
-        for end, inner in (values[:2], values[:-3:-1]) if len(values) > 1 else ():
-            if value == end:
-                following = end * end / inner
-                found.append(replace(alone, **{name: [round(following) if name == "components" else following]}))
-    return found
-
-
-def try_all(
-    x: np.ndarray, y: np.ndarray, parts: list[Fold], axes: list[PrincipalAxes], kernel: str, grid: Grid
-) -> list[dict]:
-    """A row, as `search` describes it, per point of the grid; axes: those of the vectors that a fold is fitted to."""
     totals: dict[tuple, dict] = {}
-    for (train_at, val_at), principal in zip(parts, axes, strict=True):
+    for train_at, val_at in parts:
+        train_at = train_at[:SEARCH_SIZE]
+        axes = principal_axes(x[train_at])
         for components in grid.components:
             for whitening in grid.whitenings:
-                project = principal.projection(components, whitening)
+                project = axes.projection(components, whitening)
                 fit_to, count_on = (project(x[train_at]), y[train_at]), (project(x[val_at]), y[val_at])
                 for trial in choose_svm(*fit_to, *count_on, kernel, grid.Cs, grid.gammas):
                     key = (components, whitening, trial["C"], trial["gamma"])
@@ -142,12 +106,13 @@ def try_all(
                     total["val_errors"] += trial["val_errors"]
                     total["seconds"] += trial["seconds"]
     counted = sum(len(val_at) for _, val_at in parts)
-    return [
+    rows = [
         dict(zip(("components", "whitening", "C", "gamma"), key, strict=True))
         | {"val_errors": total["val_errors"], "val_accuracy": 1 - total["val_errors"] / counted}
         | {"seconds": total["seconds"]}
         for key, total in totals.items()
     ]
+    return sorted(rows, key=lambda row: (row["val_errors"], row["C"], row["gamma"], row["components"]))
 
 
 def choose_and_fit(x: np.ndarray, y: np.ndarray, parts: list[Fold], kernel: str, grid: Grid) -> Fitted:

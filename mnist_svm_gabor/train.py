@@ -6,8 +6,8 @@
 
 MNIST at 14×14 (the mean of each 2×2 block) or 28×28. Both kinds of features go through one protocol: a sixth of the
 training images is held out (the fixed split; five folds below 1,000 images); components, whitening, C and gamma are
-chosen on it, after fits to at most 10,000 images, on a grid that grows where its best point lies at an end. The
-projection is always fitted on training images alone. Then one refit on all of them, and one look at the test images.
+chosen on it, after fits to at most 10,000 images, the projection always fitted on training images alone; then one refit
+on all training images, and one look at the test images.
 
 `--kernel linear` is one against the rest (LinearSVC), with one against one beside it. Sources of the method: Daugman
 (1985) for the filters, Cortes and Vapnik (1995) for the machine. The claim, 8 to 12 points, is a student project's.
