@@ -110,7 +110,7 @@ def build_network(dim: int, widths: list[int], activation: str, rng: np.random.G
     """dim → widths → 1. float64: at this size it costs nothing."""
     layers = []
     for before, after in itertools.pairwise([dim, *widths]):
-        layers += [Linear(before, after, "he", rng, np.float64), ACTIVATIONS[activation](np.float64)]
+        layers += [Linear(before, after, "he", rng, np.float64), ACTIVATIONS[activation]()]
         layers[-2].params["b"] = rng.uniform(-1, 1, after)  # or every unit of the first layer bends at the origin
     return Sequential(*layers, Linear(widths[-1], 1, "xavier", rng, np.float64))
 
