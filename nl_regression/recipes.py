@@ -39,9 +39,11 @@ RECIPES = {
 HOW = ("epochs", "lr", "optimizer", "schedule", "batch_size", "beta2")  # of a recipe, for `fit`
 
 
-def add_recipe_flags(parser: ExperimentParser, recipe: str = "interpolating") -> None:
+def add_recipe_flags(parser: ExperimentParser) -> None:
     """`--recipe`, and a flag for everything in it, which overrides it."""
-    parser.add_argument("--recipe", choices=RECIPES, default=recipe, help="sets the flags below that are not given")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default="interpolating", help="sets the flags below that are not given"
+    )
     parser.add_argument("--epochs", type=positive_int, help="of 16 updates each, whatever n")
     parser.add_argument("--lr", type=positive_float, help="learning rate")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="sgd has momentum 0.9")
