@@ -104,8 +104,7 @@ def main(argv=None) -> dict:
     if args.resume and run.path("last.npz").exists():
         found = load_last(run.path("last.npz"), network, optimizer, rng)
         first, best, seconds = int(found["epoch"]) + 1, float(found["best"]), float(found["seconds"])
-    if args.resume:
-        run.rewind(first - 1)
+    run.rewind(first - 1)
 
     n = len(data.x_train)
     per_epoch = -(-n // args.batch_size)
