@@ -189,8 +189,6 @@ def main(argv=None) -> dict:
             "combinations": len(grid),
             "spreads": spreads(effects(rows)),
             "grid": [row | {"val_recon": finite(row["val_recon"])} for row in rows],
-            "one_core_grid_seconds": sum(row["seconds"] for row in rows),
-            "final_seconds": fits[chosen].seconds,
         }
     )
 

@@ -153,8 +153,6 @@ def main(argv=None) -> dict:
             "caught": int((outcomes == 1).any(1).sum()),
             "caught_by": dict(zip(names, (outcomes == 1).sum(0), strict=True)),
             "applicable": dict(zip(names, (outcomes >= 0).sum(0), strict=True)),
-            "caught_by_one_check_alone": int(((outcomes == 1).sum(1) == 1).sum()),
-            "learnt_in_spite_of_the_bug": int((outcomes[:, -1] == 0).sum()),
             "false_alarms": len(alarms),
             "rows": rows,
         }

@@ -136,7 +136,6 @@ def main(argv=None) -> dict:
             row |= {"rmse_least_squares": float(errors[target, "lstsq"][:, w].mean())}
             rows.append({**row, "largest_error": float(np.mean(largest))})
             run.log(**rows[-1])
-    spreads = {target: float(np.std(f(x_test))) for target, f in TARGETS.items()}
     save_figure(draw_errors(errors, widths, args), run.path("approximation_error.png"))
     save_figure(draw_fits(fitted, errors, widths, x_test[:, 0]), run.path("fitted_functions.png"))
     slopes = {target: slope(errors[target, "adam"], widths) for target in TARGETS}
@@ -145,7 +144,6 @@ def main(argv=None) -> dict:
             "activation": args.activation,
             "widths": widths,
             "seeds": seeds,
-            "standard_deviation_of_target": spreads,
             "slope": slopes,
             "widest": {row["target"]: row for row in rows if row["width"] == widths[-1]},
             "rows": rows,
