@@ -217,7 +217,7 @@ def draw_test(tests: dict, title: str):
     """Test accuracy of the MLP with all labels, first seed, with Wilson's intervals and McNemar's test."""
     p = tests["codes"]["mcnemar_p"]
     sure = f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
-    change = f"{100 * (tests['codes']['accuracy'] - tests['raw']['accuracy']):+.1f}".replace("-", "−")
+    change = f"{100 * (tests['codes']['accuracy'] - tests['raw']['accuracy']):+.1f}"
     figure, axes = new_figure(width=7.6, height=4.8)
     ax, lows, highs = axes[0, 0], [], []
     for index, found in enumerate(tests.values()):

@@ -202,7 +202,7 @@ def said(found: dict[str, dict], scale: float = 1, digits: int = 2) -> str:
         verdict = "clear" if found[key]["clear"] else "within seed noise"
         known = found[key]["half_width"] is not None
         words.append(f"{label} {mean} " + (f"± {half[1:]} ({verdict})" if known else "(one seed: noise unknown)"))
-    return "; ".join(words).replace("-", "−")
+    return "; ".join(words)
 
 
 def signal_through_depth(use_batchnorm: bool, init: str, depth: int, seed: int) -> tuple[list[float], list[float]]:
