@@ -275,8 +275,8 @@ def main(argv=None) -> dict:
         raise UserError(f"--linear-latent {args.linear_latent}: PCA leaves no error there to compare with")
     run = start_run(args)
 
-    mean, covariance = moments(data.x_train)
-    rival = pca_of(mean, covariance, args.linear_latent)
+    _, covariance = moments(data.x_train)
+    rival = pca.first(args.linear_latent)
     model, course, linear = linear_study(args, data, covariance, rival)
     save_figure(draw_linear(model, course, linear, rival, data.title), run.path("linear_ae_is_pca.png"))
 
