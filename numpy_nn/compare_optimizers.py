@@ -33,7 +33,7 @@ from numpy_nn.network import Sequential
 from numpy_nn.optimizers import SGD, Adam, RMSprop
 from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
-from shared_utils.plotting import COLORS, DASHES, new_figure, save_figure
+from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.stats import mean_std
 
@@ -277,11 +277,10 @@ def draw_toy_losses(losses: dict, toys: dict, args):
     for ax, toy in zip(axes[0], TOYS, strict=True):
         bottom = np.inf
         for index, name in enumerate(OPTIMIZERS):
-            values, color = losses[toy, name], COLORS[index]  # (seeds, E + 1)
+            values = losses[toy, name]  # (seeds, E + 1)
             middle, epochs = np.median(values, axis=0), np.arange(args.epochs + 1)
-            style = {"color": color, "linestyle": DASHES[index % len(DASHES)]}
-            ax.plot(epochs, middle, label=f"{name}, lr {toys[toy][name]['lr']:g}", **style)
-            ax.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+            ax.plot(epochs, middle, label=f"{name}, lr {toys[toy][name]['lr']:g}", **line_style(index))
+            ax.fill_between(epochs, values.min(0), values.max(0), color=COLORS[index], alpha=0.15, linewidth=0)
             bottom = min(bottom, middle.min())
         ax.set(yscale="log", ylim=(bottom / 3, 1.5), xlabel="epochs", title=f"{toy} (generated, {N_TRAIN} points)")
         ax.legend(fontsize=8, loc="lower left")
@@ -330,7 +329,7 @@ def draw_trajectories(walks: dict, surfaces: dict, steps: int):
         for index, name in enumerate(OPTIMIZERS):
             path, row = walks[key, name][0], surfaces[key][name]
             label = f"{name}, lr {row['lr']:g}: f = {row['final_value']:.1e}"
-            ax.plot(*path.T, color=COLORS[index], linestyle=DASHES[index % 4], label=label, linewidth=1.3)
+            ax.plot(*path.T, label=label, linewidth=1.3, **line_style(index))
             ax.plot(*path[-1], "s", color=COLORS[index], markersize=5)
         ax.plot(*surface.start, "o", color="black", markersize=6)
         ax.plot(*surface.minimum, "*", color="black", markersize=13)
@@ -349,7 +348,7 @@ def draw_surface_losses(walks: dict, surfaces: dict, steps: int):
         for index, name in enumerate(OPTIMIZERS):
             values, row = walks[key, name][1], surfaces[key][name]
             label = f"{name}, lr {row['lr']:g}"
-            ax.plot(np.maximum(values, 1e-30), color=COLORS[index], linestyle=DASHES[index % 4], label=label)
+            ax.plot(np.maximum(values, 1e-30), label=label, **line_style(index))
         ax.set(yscale="log", xlabel="steps", title=f"{key}: {SURFACES[key].formula}")
         ax.legend(fontsize=8)
     axes[0, 0].set_ylabel("f − its minimum (no unit)")

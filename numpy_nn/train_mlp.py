@@ -28,7 +28,7 @@ from numpy_nn.mlp import ACTIVATIONS, build_mlp
 from numpy_nn.optimizers import Adam
 from shared_utils.cli import UserError, add_seeds, make_parser, non_negative_int, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
-from shared_utils.plotting import COLORS, DASHES, mean_std, new_figure, save_figure
+from shared_utils.plotting import line_style, mean_std, new_figure, save_figure
 from shared_utils.runs import start_run, write_json
 from shared_utils.stats import mean_std as mean_and_std
 
@@ -165,8 +165,7 @@ def draw_norms(found: dict, table: dict, title: str):
     for ax, (activation, runs) in zip(axes[0], found.items(), strict=True):
         norms = np.mean([r["norms"] for r in runs], axis=0)  # (times, layers)
         for layer, values in enumerate(norms.T):
-            style = {"color": COLORS[layer % len(COLORS)], "linestyle": DASHES[layer % len(DASHES)]}
-            ax.plot(runs[0]["steps"], values, label=f"layer {layer + 1}", **style)
+            ax.plot(runs[0]["steps"], values, label=f"layer {layer + 1}", **line_style(layer))
         ratio = table[activation]["first_to_last_gradient"]
         ax.set(xlabel="updates", yscale="log", title=f"{activation}: first / last = {ratio:.2g} (median)")
         ax.legend(ncols=2 if len(norms.T) > 4 else 1, fontsize=8)

@@ -26,7 +26,7 @@ from numpy_nn.optimizers import SGD, Adam, Optimizer, RMSprop
 from shared_utils.checkpoint import load_arrays, save_arrays
 from shared_utils.cli import UserError, make_parser, non_negative_float, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
-from shared_utils.plotting import COLORS, new_figure, save_figure
+from shared_utils.plotting import line_style, new_figure, save_figure
 from shared_utils.runs import start_run, write_json
 from shared_utils.seeding import seed_everything
 from shared_utils.stats import wilson_interval
@@ -170,7 +170,7 @@ def draw(history: list[dict], title: str, recipe: str, accuracy: float):
     figure, axes = new_figure(1, 2, width=10, height=4)
     epochs = [int(row["epoch"]) for row in history]
     for index, part in enumerate(("train", "val")):
-        style = {"color": COLORS[index], "linestyle": ("-", "--")[index], "marker": "o", "markersize": 4}
+        style = {**line_style(index), "marker": "o", "markersize": 4}
         name = ("training (as it goes, with dropout)", "validation")[index]
         axes[0, 0].plot(epochs, [float(row[f"{part}_loss"]) for row in history], label=name, **style)
         axes[0, 1].plot(epochs, [100 * (1 - float(row[f"{part}_accuracy"])) for row in history], label=name, **style)

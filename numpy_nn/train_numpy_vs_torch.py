@@ -22,7 +22,7 @@ from numpy_nn.inputs import Inputs, evaluate, load_inputs
 from numpy_nn.losses import NotFinite
 from numpy_nn.twin import torch_twin
 from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main
-from shared_utils.plotting import COLORS, DASHES, new_figure, save_figure
+from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 
@@ -163,7 +163,7 @@ def draw_training(histories: dict, part: str, label: str, title: str):
         window = min(50, len(values))
         means = np.convolve(values, np.full(window, 1 / window), mode="valid")
         updates = np.arange(window, len(values) + 1)
-        axes[0, 0].plot(updates, means, DASHES[index], color=COLORS[index], label=shown, linewidth=2.5 - 1.2 * index)
+        axes[0, 0].plot(updates, means, label=shown, linewidth=2.5 - 1.2 * index, **line_style(index))
     axes[0, 0].set(xlabel="update", ylabel=f"{label}, mean over {window} batches", yscale="log")
     axes[0, 0].legend()
     return figure
@@ -174,7 +174,7 @@ def draw_validation(histories: dict, part: str, label: str, title: str):
     figure, axes = new_figure(width=7.5, title=title)
     for index, (name, shown) in enumerate(NAMES.items()):
         x, y = histories[name]["at"], histories[name][f"val_{part}"]
-        axes[0, 0].plot(x, y, DASHES[index], color=COLORS[index], label=shown, linewidth=3 - 1.6 * index)
+        axes[0, 0].plot(x, y, label=shown, linewidth=3 - 1.6 * index, **line_style(index))
     axes[0, 0].set(xlabel="update", ylabel=f"validation {label}", yscale="log")
     axes[0, 0].legend()
     return figure
