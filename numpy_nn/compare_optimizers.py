@@ -99,14 +99,16 @@ def train_toy(toy: str, make: Callable, lr: float, seed: int, args) -> tuple[np.
     losses = []  # (training, validation)
     try:
         for epoch in range(args.epochs + 1):
-            for batch in minibatches(len(x), args.batch_size, rng) if epoch else ():
-                loss.forward(network.forward(x[batch], training=True), y[batch])
-                network.backward(loss.backward(), need_dx=False)
-                optimizer.step()
+            if epoch > 0:
+                for batch in minibatches(len(x), args.batch_size, rng):
+                    loss.forward(network.forward(x[batch], training=True), y[batch])
+                    network.backward(loss.backward(), need_dx=False)
+                    optimizer.step()
             losses.append([loss.forward(network.forward(a), b) for a, b in ((x, y), (x_val, y_val))])
-        return *np.array(losses, dtype=np.float64).T, network
     except NotFinite:
         return None
+    training, validation = np.array(losses, dtype=np.float64).T  # (E + 1,) each
+    return training, validation, network
 
 
 def toy_data(toy: str, seed: int, args) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -352,14 +354,15 @@ def draw_surface_losses(walks: dict, surfaces: dict, steps: int):
         ax.set(yscale="log", xlabel="steps", title=f"{key}: {SURFACES[key].formula}")
         ax.legend(fontsize=8)
     axes[0, 0].set_ylabel("f − its minimum (no unit)")
-    first = {
-        key: min((r["steps_to_0.001"], name) for name, r in rows.items() if r["steps_to_0.001"] is not None)
-        if any(r["steps_to_0.001"] is not None for r in rows.values())
-        else None
-        for key, rows in surfaces.items()
-    }
-    said = ", ".join(f"{key}: {f'{f[1]} ({f[0]} steps)' if f else 'none'}" for key, f in first.items())
-    figure.suptitle(f"First below f = 0.001 within {steps} steps: {said}")
+    said = []
+    for key, rows in surfaces.items():
+        arrived = [(row["steps_to_0.001"], name) for name, row in rows.items() if row["steps_to_0.001"] is not None]
+        if arrived:
+            taken, name = min(arrived)
+            said.append(f"{key}: {name} ({taken} steps)")
+        else:
+            said.append(f"{key}: none")
+    figure.suptitle(f"First below f = 0.001 within {steps} steps: {', '.join(said)}")
     return figure
 
 
