@@ -20,7 +20,6 @@ Shapes: M networks, T trials, S sizes, n points, G grid points, F frequencies, L
 """
 
 import argparse
-import csv
 
 import numpy as np
 from scipy.interpolate import CubicSpline
@@ -29,12 +28,12 @@ from sklearn.metrics import roc_auc_score
 
 from nl_regression.fitting import Fit, fit
 from nl_regression.recipes import HOW, Recipe, points_of
-from nl_regression.results import KNOWS, Networks
+from nl_regression.results import KNOWS, Networks, rows_of
 from nl_regression.target import GRID, IN_POINTS, deltas, target
 from shared_utils.cli import UserError, at_least, make_parser, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
-from shared_utils.runs import find_output, read_json, replacing, start_run
+from shared_utils.runs import find_output, read_json, start_run, write_csv
 from shared_utils.seeding import seed_everything
 
 FREQUENCIES = 1000  # of the least-norm solution
@@ -161,7 +160,9 @@ def main(argv=None) -> dict:
         for name, values in fits.items():
             errors[name].append(np.abs(values - target(grid)).max())
     gaps, errors = np.array(gaps), {name: np.array(values) for name, values in errors.items()}
-    write_csv(run.path("coverage.csv"), networks, gaps, errors)
+    # A line for each set of points: its largest gap in half-periods, δ_in of each method.
+    table = rows_of({"n": networks.n, "trial": networks.trial, "gap": gaps, **errors})
+    write_csv(run.path("coverage.csv"), table)
 
     sizes = networks.sizes()
     medians = {name: np.array([np.median(v[networks.n == n]) for n in sizes]) for name, v in errors.items()}  # (S,)
@@ -209,16 +210,6 @@ def main(argv=None) -> dict:
             },
         }
     )
-
-
-def write_csv(path, networks: Networks, gaps: np.ndarray, errors: dict) -> None:
-    """A line for each set of points: n, trial, largest gap in half-periods, δ_in of each method."""
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("n", "trial", "gap", *errors))
-        for i, gap in enumerate(gaps):
-            numbers = [f"{value:.6g}" for value in (gap, *(errors[name][i] for name in errors))]
-            writer.writerow((networks.n[i], networks.trial[i], *numbers))
 
 
 def from_text(n: int | None) -> str:
