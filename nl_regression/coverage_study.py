@@ -31,7 +31,7 @@ from nl_regression.recipes import HOW, Recipe, points_of
 from nl_regression.results import KNOWS, Networks, rows_of
 from nl_regression.target import GRID, IN_POINTS, deltas, target
 from shared_utils.cli import UserError, at_least, make_parser, run_main
-from shared_utils.device import pick_device
+from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
 from shared_utils.runs import find_output, read_json, start_run, write_csv
 from shared_utils.seeding import seed_everything
@@ -98,6 +98,7 @@ def least_norm(x: np.ndarray, y: np.ndarray, frequencies: np.ndarray) -> np.ndar
     return np.linalg.lstsq(fourier(x, frequencies), y, rcond=None)[0]
 
 
+@cpu_threads(1)
 def train_ensemble(recipe: Recipe, x: np.ndarray, members: int, seed: int, device) -> Fit:
     """`members` networks on the same points x (n,), each with features, weights and batches of its own."""
     rngs = [np.random.default_rng([seed, len(x), member, 1]) for member in range(members)]  # 4 numbers: no sweep's own

@@ -17,6 +17,7 @@ from nl_regression.fitting import OPTIMIZERS, SCHEDULES, Fit, fit
 from nl_regression.model import EnsembleMLP
 from nl_regression.target import sample_points
 from shared_utils.cli import ExperimentParser, non_negative_int, positive_float, positive_int
+from shared_utils.device import cpu_threads
 
 RECIPES = {
     "interpolating": {
@@ -85,6 +86,7 @@ class Recipe:
         """The networks as they start, one for each generator, on the CPU."""
         return EnsembleMLP(len(rngs), self.width, self.depth, self.features, sigma=self.sigma, rngs=rngs)
 
+    @cpu_threads(1)
     def train(
         self, sizes: Sequence[int], trials: Sequence[int], seed: int, device: torch.device, after_epoch=None
     ) -> tuple[EnsembleMLP, Fit]:
