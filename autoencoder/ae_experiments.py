@@ -123,7 +123,6 @@ def main(argv=None) -> dict:
         recipe.build(args.seed, data.x_train.shape[1])
     run = start_run(args)
     done = run.history()  # of an earlier process, with --resume
-    run.rewind(len(done))  # what a kill left half written is dropped
     for recipe, row in zip(grid, done, strict=False):
         if any(str(value) != row[name] for name, value in factors(recipe).items()):
             raise UserError("--resume: history.csv is of another grid; start anew without --resume")
@@ -190,8 +189,6 @@ def main(argv=None) -> dict:
             "combinations": len(grid),
             "spreads": spreads(effects(rows)),
             "grid": [row | {"val_recon": finite(row["val_recon"])} for row in rows],
-            "one_core_grid_seconds": sum(row["seconds"] for row in rows),
-            "final_seconds": fits[chosen].seconds,
         }
     )
 

@@ -67,7 +67,6 @@ def main(argv=None) -> dict:
     difference = found["reg"]["mse"].astype(np.float64) - found["base"]["mse"]  # (N,), of the same images
     mean, error = difference.mean(), difference.std(ddof=1) / np.sqrt(len(difference))
     change = f"regularised − baseline: {mean:+.6f} ± {error:.6f} per pixel (mean ± standard error over images)"
-    change = change.replace("-", "−")
     save_figure(draw_errors(found, data, f"{data.title}\n{change}"), run.path("ae_compare_mse.png"))
     save_figure(draw_reconstructions(found, models, data), run.path("ae_compare_recon.png"))
     save_figure(draw_maps(found, rows, shown, data, args.seed), run.path("ae_compare_umap.png"))

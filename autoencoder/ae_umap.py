@@ -206,7 +206,7 @@ def main(argv=None) -> dict:
 def _shown(row: dict, name: str) -> str:
     scale, digits = (100, 1) if name == "leave_one_out_accuracy" else (1, 3)
     spread = f" ± {scale * row[f'{name}_std']:.{digits}f}" if row["seeds"] > 1 else ""
-    return f"{scale * row[name]:.{digits}f}{spread}".replace("-", "−") + (" %" if scale == 100 else "")
+    return f"{scale * row[name]:.{digits}f}{spread}" + (" %" if scale == 100 else "")
 
 
 def draw_maps(maps: dict, pca_map: np.ndarray, y: np.ndarray, classes, table: dict, about: str):

@@ -24,6 +24,7 @@ from shared_utils.plotting import COLORS
 
 NEIGHBOURS = 5  # that vote
 CHUNK = 500  # rows: 120 MB of float32 distances to 60,000 others
+HALF_LETTER = 0.012  # of the width of a letter in a label, as a fraction of the axes
 SPARE = 16  # candidates beyond the k nearest whose distances are recomputed
 MAP_COLORS = (*COLORS[:7], "#999999", "#8C510A", "#9970AB")  # white paper swallows the yellow
 
@@ -83,10 +84,10 @@ def knn_accuracy(x_train: Tensor, y_train: Tensor, x_test: Tensor, y_test: Tenso
     return (_vote(y_train[positions]) == y_test).sum().item() / len(y_test)
 
 
-def vote_accuracy(code: Callable[[Tensor], Tensor], data: Inputs, k: int = NEIGHBOURS) -> float:
+def vote_accuracy(code: Callable[[Tensor], Tensor], data: Inputs) -> float:
     """`knn_accuracy` of the test images among all others, training and validation; code(x): images x → (N, K)."""
     x, y = torch.cat([data.x_train, data.x_val]), torch.cat([data.y_train, data.y_val])
-    return knn_accuracy(code(x), y, code(data.x_test), data.y_test, k)
+    return knn_accuracy(code(x), y, code(data.x_test), data.y_test)
 
 
 def knn_accuracy_leave_one_out(x: Tensor, y: Tensor, k: int = NEIGHBOURS) -> float:
@@ -118,12 +119,12 @@ def trustworthiness(x: Tensor, z: Tensor, k: int, neighbours: Tensor | None = No
     return 1 - 2 * excess / (n * k * (2 * n - 3 * k - 1))
 
 
-def continuity(x: Tensor, z: Tensor, k: int, neighbours: Tensor | None = None, chunk: int = CHUNK) -> float:
+def continuity(x: Tensor, z: Tensor, k: int, neighbours: Tensor | None = None) -> float:
     """Are neighbours in x (N, D) still neighbours in z (N, d)? `trustworthiness` with the two spaces swapped.
 
     neighbours: the k nearest of each row of x, int64 (N, k), where the caller has them.
     """
-    return trustworthiness(z, x, k, neighbours, chunk)
+    return trustworthiness(z, x, k, neighbours)
 
 
 def silhouette(z: Tensor, y: Tensor) -> float:
@@ -187,7 +188,7 @@ def point_size(n: int) -> float:
     return float(np.clip(15000 / n, 1.5, 12))
 
 
-def _apart(at: np.ndarray, names: Sequence[str], height: float = 0.05, letter: float = 0.012) -> np.ndarray:
+def _apart(at: np.ndarray, names: Sequence[str], height: float = 0.05) -> np.ndarray:
     """Places (n, 2) of labels, as fractions of the axes, moved up and down until no two of them overlap."""
     at = at.copy()
     for _ in range(200):
@@ -196,7 +197,7 @@ def _apart(at: np.ndarray, names: Sequence[str], height: float = 0.05, letter: f
             for j in range(i):
                 gap = at[i] - at[j]
                 lacks = height - abs(gap[1])
-                if lacks > 1e-6 and abs(gap[0]) < letter * (len(names[i]) + len(names[j])):
+                if lacks > 1e-6 and abs(gap[0]) < HALF_LETTER * (len(names[i]) + len(names[j])):
                     step = (lacks / 2 + 1e-6) * (1 if gap[1] >= 0 else -1)
                     at[i, 1], at[j, 1], moved = at[i, 1] + step, at[j, 1] - step, True
         if not moved:

@@ -52,7 +52,6 @@ from shared_utils.seeding import seed_everything
 from shared_utils.stats import half_width, mcnemar, wilson_interval
 from shared_utils.stats import mean_std as mean_and_std
 
-DIFFERENCE = ("difference", "half_width")  # of the paired accuracies, and half of its interval
 NAMES = {"raw": "raw pixels", "pca": "PCA codes", "codes": "autoencoder's codes", "denoising": "denoising codes"}
 
 
@@ -217,7 +216,7 @@ def draw_test(tests: dict, title: str):
     """Test accuracy of the MLP with all labels, first seed, with Wilson's intervals and McNemar's test."""
     p = tests["codes"]["mcnemar_p"]
     sure = f"p = {p:.2g}" if p >= 1e-4 else "p < 0.0001"
-    change = f"{100 * (tests['codes']['accuracy'] - tests['raw']['accuracy']):+.1f}".replace("-", "−")
+    change = f"{100 * (tests['codes']['accuracy'] - tests['raw']['accuracy']):+.1f}"
     figure, axes = new_figure(width=7.6, height=4.8)
     ax, lows, highs = axes[0, 0], [], []
     for index, found in enumerate(tests.values()):
@@ -248,7 +247,8 @@ def draw_labels(accuracies: dict, rows: list[dict], title: str):
             mean_std(above, labels, values, label=NAMES[name], index=index)
             if name != "raw":
                 own = [row for row in rows if row["classifier"] == kind]  # one for each of `labels`
-                mean, half = (np.array([100 * (row[f"{name}_{key}"] or 0) for row in own]) for key in DIFFERENCE)
+                mean = np.array([100 * row[f"{name}_difference"] for row in own])
+                half = np.array([100 * (row[f"{name}_half_width"] or 0) for row in own])  # one seed has no interval
                 style = line_style(index)
                 below.plot(labels, mean, marker="o", markersize=4, label=f"{NAMES[name]} − raw pixels", **style)
                 below.fill_between(labels, mean - half, mean + half, color=style["color"], alpha=0.2, linewidth=0)

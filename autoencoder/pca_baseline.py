@@ -186,8 +186,8 @@ def linear_study(args, data: Inputs, covariance: Tensor, pca: PCA) -> tuple[Auto
 
 
 def signed(part: float, digits: int = 0) -> str:
-    """A fraction as a signed percentage, with a true minus."""
-    return f"{100 * part:+.{digits}f} %".replace("-", "−")
+    """A fraction as a signed percentage."""
+    return f"{100 * part:+.{digits}f} %"
 
 
 def draw_mse(rows: list[dict], title: str):
@@ -240,7 +240,7 @@ def draw_linear(model: Autoencoder, rows: list[dict], metrics: dict, pca: PCA, t
     is_pca = "has found" if metrics["reached"] else "has not yet found"
     title = f"{title}: a linear autoencoder (K = {k}) {is_pca} PCA's subspace\nafter {metrics['updates']:,} updates: "
     title += f"largest angle {angle:.1e} rad, error {signed(metrics['excess'], 4)} against PCA's"
-    figure, axes = new_figure(2, 2, width=10, height=6, height_ratios=[3, 1.1], title=title.replace("e-", "e−"))
+    figure, axes = new_figure(2, 2, width=10, height=6, height_ratios=[3, 1.1], title=title)
     later = rows[1:]  # update 0 has no place on a log axis
     updates = [row["updates"] for row in later]
     for index, part in enumerate(("decoder", "encoder")):
@@ -275,8 +275,8 @@ def main(argv=None) -> dict:
         raise UserError(f"--linear-latent {args.linear_latent}: PCA leaves no error there to compare with")
     run = start_run(args)
 
-    mean, covariance = moments(data.x_train)
-    rival = pca_of(mean, covariance, args.linear_latent)
+    _, covariance = moments(data.x_train)
+    rival = pca.first(args.linear_latent)
     model, course, linear = linear_study(args, data, covariance, rival)
     save_figure(draw_linear(model, course, linear, rival, data.title), run.path("linear_ae_is_pca.png"))
 

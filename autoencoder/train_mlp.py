@@ -29,16 +29,16 @@ Sources: Glorot and Bengio 2010; He et al. 2015; Ioffe and Szegedy 2015.
 Shapes: N points, D numbers in, M out, E epochs, S seeds.
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
 from autoencoder.layers import Linear, ReLU
-from autoencoder.models import Classifier, ManualMLP, Regressor
+from autoencoder.models import ManualMLP
 from autoencoder.optimizers import SGD
+from autoencoder.problems import CLASSES, NOISE, Problem, chirp, noisy_chirp, spirals
 from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import cpu_threads, pick_device
@@ -54,65 +54,9 @@ VARIANTS = {
     "BatchNorm, Xavier": (True, "xavier"),
 }
 FACTORS = {"batchnorm_minus_none": "BatchNorm − none", "he_minus_xavier": "He − Xavier"}
-SIZES = {"train": 300, "val": 300, "test": 1000}  # points
-CLASSES = 3
 EARLY = 0.1  # fraction of the epochs after which the variants are compared a first time
 MOMENTUM, WEIGHT_DECAY = 0.9, 1e-4  # the latter is λ
-NOISE = 0.5  # standard deviation around the sine, in the units of y
 PROBE_WIDTH, PROBE_ROWS = 128, 256
-
-
-class Problem:
-    """Points `drawn` by part (train, val, test), and the same as standardised tensors in `x` and `y`.
-
-    Inputs (N, D), and targets that are values (N, 1), get the training part's mean 0 and deviation 1; labels (N,) stay.
-    """
-
-    def __init__(self, draw: Callable, seed: int, device: torch.device):
-        rng = np.random.default_rng(seed)
-        self.device, self.drawn = device, {part: draw(n, rng) for part, n in SIZES.items()}
-        x, y = self.drawn["train"]
-        self.classifies = y.ndim == 1
-        self.centre, self.spread = x.mean(0), x.std(0)
-        self.y_mean, self.y_std = (0.0, 1.0) if self.classifies else (float(y.mean()), float(y.std()))
-        self.x = {part: self.inputs(x) for part, (x, _) in self.drawn.items()}
-        self.y = {part: torch.from_numpy(y).to(device) for part, (_, y) in self.drawn.items()}
-        if not self.classifies:
-            self.y = {part: ((y - self.y_mean) / self.y_std).float() for part, y in self.y.items()}
-
-    def inputs(self, x: np.ndarray) -> Tensor:
-        """Inputs (N, D), as drawn, as the network takes them."""
-        return torch.from_numpy((x - self.centre) / self.spread).float().to(self.device)
-
-    def build(self, hidden: list[int], use_batchnorm: bool, init: str) -> ManualMLP:
-        """A network for the problem, with weights drawn from PyTorch's generator."""
-        head, sizes = (Classifier, (2, hidden, CLASSES)) if self.classifies else (Regressor, (1, hidden, 1))
-        return head(*sizes, init=init, use_batchnorm=use_batchnorm)
-
-    def measure(self, network: ManualMLP, part: str) -> tuple[float, float]:
-        """Data term of the loss, and score: accuracy (from 0 to 1), or mean squared error in (units of y)²."""
-        output, y = network.predict(self.x[part]), self.y[part]
-        loss = network.loss(output, y)[0].item()
-        return loss, (output.argmax(1) == y).sum().item() / len(y) if self.classifies else loss * self.y_std**2
-
-
-def spirals(n: int, rng: np.random.Generator, noise: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
-    """n points (n, 2) on three arms, r in [0.05, 1] at the angle 5 r + 2π/3 · class + noise; labels int64 (n,)."""
-    y = np.arange(n) % CLASSES
-    r = rng.uniform(0.05, 1, n)
-    angle = 5 * r + 2 * np.pi / CLASSES * y + noise * rng.standard_normal(n)
-    return np.stack([r * np.cos(angle), r * np.sin(angle)], axis=1), y
-
-
-def chirp(x: np.ndarray) -> np.ndarray:
-    """5 sin(2π (0.2 x + 0.2 x²)): on [0, 3] its frequency rises from 0.2 to 1.4."""
-    return 5 * np.sin(2 * np.pi * (0.2 * x + 0.2 * x**2))
-
-
-def noisy_chirp(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """x uniform in [0, 3] and y = chirp(x) + noise, (n, 1) each."""
-    x = rng.uniform(0, 3, (n, 1))
-    return x, chirp(x) + NOISE * rng.standard_normal((n, 1))
 
 
 def train(
@@ -132,14 +76,15 @@ def train(
     rng, optimizer = np.random.default_rng(seed), SGD(network.layers, lr, MOMENTUM, WEIGHT_DECAY)
     batch_size, step, rows = min(args.batch_size, len(x)), 0, []
     for epoch in range(args.epochs + 1):
-        # A last batch that is not full is left out: BatchNorm cannot learn from a batch of one.
-        for batch in minibatches(len(x), batch_size, rng, drop_last=True) if epoch else ():
-            chosen = torch.from_numpy(batch).to(x.device)  # (B,)
-            loss, gradient = network.loss(network.forward(x[chosen], training=True), y[chosen])
-            check_finite(loss.item(), step + 1, lr)
-            network.backward(gradient)
-            optimizer.step()
-            step += 1
+        if epoch > 0:
+            # A last batch that is not full is left out: BatchNorm cannot learn from a batch of one.
+            for batch in minibatches(len(x), batch_size, rng, drop_last=True):
+                chosen = torch.from_numpy(batch).to(x.device)  # (B,)
+                loss, gradient = network.loss(network.forward(x[chosen], training=True), y[chosen])
+                check_finite(loss.item(), step + 1, lr)
+                network.backward(gradient)
+                optimizer.step()
+                step += 1
         weights = [w for name, w in network.parameters().items() if name.endswith("W")]
         row, l2 = {}, WEIGHT_DECAY / 2 * sum(w.square().sum().item() for w in weights)
         for part in ("train", "val"):
@@ -150,30 +95,64 @@ def train(
     return network, {key: np.array([row[key] for row in rows]) for key in rows[0]}
 
 
-def fit_variant(problem: Problem, name: str, seeds: list[int], early: int, args) -> tuple[list[ManualMLP], dict, dict]:
-    """The variant at its best rate: networks, curves (S, E + 1) with the rate as "lr", and rate → mean last score.
+@dataclass(frozen=True)
+class Fitted:
+    """A variant at `lr`, the rate with the best last validation score: a network for each seed, and their curves.
 
-    Beside the curves "early_lr", the best rate at the epoch `early`, and its "early_val_loss" and "early_val_score"
-    there, (S,). A rate at which a seed diverges is out (score None). Errors: `UserError` when all are.
+    curves: train_loss, train_score, val_loss, val_score, (S, E + 1) each. at: the early epoch and the last → val_loss
+    and val_score there, (S,) each, at the rate with the best score there. score_by_lr: mean last validation score.
     """
-    scores, found, failed = {}, [], None
+
+    lr: float
+    networks: list[ManualMLP]
+    curves: dict[str, np.ndarray]
+    at: dict[int, dict[str, np.ndarray]]
+    score_by_lr: dict[str, float | None]
+
+
+def fit_variant(problem: Problem, name: str, seeds: list[int], early: int, args) -> Fitted:
+    """The variant called `name` at every rate of `--lr`, and the best of it.
+
+    A rate at which a seed diverges is out (score None). Errors: `UserError` when all are.
+    """
+    fits, score_by_lr, failed = {}, {}, None
     for lr in dict.fromkeys(args.lr):
-        scores[f"{lr:g}"] = None
+        score_by_lr[f"{lr:g}"] = None
         try:
-            fits = [train(problem, *VARIANTS[name], seed, lr, args) for seed in seeds]
+            pairs = [train(problem, *VARIANTS[name], seed, lr, args) for seed in seeds]
         except Diverged as error:
             failed = error
             continue
-        curves = {what: np.stack([own[what] for _, own in fits]) for what in fits[0][1]}  # (S, E + 1)
-        scores[f"{lr:g}"] = float(curves["val_score"][:, -1].mean())
-        found.append(([network for network, _ in fits], curves | {"lr": lr}))
-    if not found:
+        curves = {what: np.stack([own[what] for _, own in pairs]) for what in pairs[0][1]}  # (S, E + 1) each
+        score_by_lr[f"{lr:g}"] = float(curves["val_score"][:, -1].mean())
+        fits[lr] = [network for network, _ in pairs], curves
+    if not fits:
         raise UserError(f"{name}: no rate of --lr works: {failed}")
-    sign = 1 if problem.classifies else -1
-    networks, curves = max(found, key=lambda fit: sign * fit[1]["val_score"][:, -1].mean())
-    _, soon = max(found, key=lambda fit: sign * fit[1]["val_score"][:, early].mean())
-    at_early = {f"early_{what}": soon[what][:, early] for what in ("val_loss", "val_score")}
-    return networks, curves | at_early | {"early_lr": soon["lr"]}, scores
+    at, sign = {}, 1 if problem.classifies else -1
+    for epoch in (early, args.epochs):
+        best = max(fits, key=lambda lr, epoch=epoch: sign * fits[lr][1]["val_score"][:, epoch].mean())
+        at[epoch] = {what: fits[best][1][what][:, epoch] for what in ("val_loss", "val_score")}
+    return Fitted(best, *fits[best], at, score_by_lr)
+
+
+def fit_variants(key: str, problem: Problem, early: int, args, run) -> tuple[dict[str, Fitted], dict[str, np.ndarray]]:
+    """All variants of the problem `key`, and the test scores (S,) of their networks; both by name."""
+    fitted, test = {}, {}
+    for name in VARIANTS:
+        own = fitted[name] = fit_variant(problem, name, args.seeds, early, args)
+        test[name] = np.array([problem.measure(network, "test")[1] for network in own.networks])
+        for seed, val, score in zip(args.seeds, own.curves["val_score"][:, -1], test[name], strict=True):
+            run.log(problem=key, variant=name, lr=own.lr, seed=seed, val_score=val, test_score=score)
+    return fitted, test
+
+
+def swap_first_layers(problem: Problem, fitted: dict[str, Fitted], args) -> dict[str, list[float]]:
+    """Test scores, one a seed, of both networks without BatchNorm with each other's first layer, at their own rates."""
+    found = {}
+    for name, init, first in (("no BatchNorm, He", "he", "xavier"), ("no BatchNorm, Xavier", "xavier", "he")):
+        networks = [train(problem, False, init, seed, fitted[name].lr, args, first)[0] for seed in args.seeds]
+        found[f"{init}_with_the_first_layer_of_{first}"] = [problem.measure(own, "test")[1] for own in networks]
+    return found
 
 
 def effect(values: dict[str, np.ndarray], factor: int) -> dict[str, float | bool | None]:
@@ -189,20 +168,31 @@ def effect(values: dict[str, np.ndarray], factor: int) -> dict[str, float | bool
     return {"mean": mean, "std": std, "half_width": half, "clear": half is not None and abs(mean) > half}
 
 
-def summary(values) -> dict[str, float]:
-    """Mean and sample standard deviation over seeds."""
-    return dict(zip(("mean", "std"), mean_and_std(values), strict=True))
+def effects(values: dict[str, np.ndarray]) -> dict[str, dict]:
+    """`effect` of both factors."""
+    return {key: effect(values, factor) for factor, key in enumerate(FACTORS)}
 
 
-def said(found: dict[str, dict], scale: float = 1, digits: int = 2) -> str:
+def after(fitted: dict[str, Fitted], epoch: int, what: str) -> dict[str, np.ndarray]:
+    """Each variant's `what`, (S,), after the early epoch or the last."""
+    return {name: own.at[epoch][what] for name, own in fitted.items()}
+
+
+def summaries(values: dict) -> dict[str, dict[str, float]]:
+    """Mean and sample standard deviation over seeds of each of the values, (S,) each."""
+    return {name: dict(zip(("mean", "std"), mean_and_std(own), strict=True)) for name, own in values.items()}
+
+
+def said(found: dict[str, dict], *, scale: float = 1, digits: int = 2) -> str:
     """Both effects in words, times `scale`: with their intervals, and whether these exclude zero."""
     words = []
     for key, label in FACTORS.items():
-        mean, half = (f"{scale * (found[key][name] or 0):+.{digits}f}" for name in ("mean", "half_width"))
-        verdict = "clear" if found[key]["clear"] else "within seed noise"
-        known = found[key]["half_width"] is not None
-        words.append(f"{label} {mean} " + (f"± {half[1:]} ({verdict})" if known else "(one seed: noise unknown)"))
-    return "; ".join(words).replace("-", "−")
+        mean, half = found[key]["mean"], found[key]["half_width"]
+        interval = "(one seed: noise unknown)"
+        if half is not None:
+            interval = f"± {scale * half:.{digits}f} ({'clear' if found[key]['clear'] else 'within seed noise'})"
+        words.append(f"{label} {scale * mean:+.{digits}f} {interval}")
+    return "; ".join(words)
 
 
 def signal_through_depth(use_batchnorm: bool, init: str, depth: int, seed: int) -> tuple[list[float], list[float]]:
@@ -248,131 +238,124 @@ def main(argv=None) -> dict:
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
     run = start_run(args)
-    seeds = args.seeds
     early = max(1, round(EARLY * args.epochs))
-    metrics = {"hidden": args.hidden, "seeds": seeds, "epochs": args.epochs, "early_epoch": early}
-    for key, draw in (("clf", spirals), ("reg", noisy_chirp)):
-        problem = Problem(draw, args.seed, device)
-        networks, curves = {}, {}
-        values = {name: {} for name in ("early_val_loss", "val_loss", "early_val_score", "val_score", "test_score")}
-        for name in VARIANTS:
-            networks[name], curves[name], scores = fit_variant(problem, name, seeds, early, args)
-            metrics.setdefault(f"{key}_val_score_by_lr", {})[name] = scores
-            for rate in ("lr", "early_lr"):
-                metrics.setdefault(f"{key}_{rate}", {})[name] = curves[name][rate]
-            for what in ("loss", "score"):
-                values[f"early_val_{what}"][name] = curves[name][f"early_val_{what}"]
-                values[f"val_{what}"][name] = curves[name][f"val_{what}"][:, -1]
-            values["test_score"][name] = np.array([problem.measure(network, "test")[1] for network in networks[name]])
-            for seed, val, test in zip(seeds, values["val_score"][name], values["test_score"][name], strict=True):
-                run.log(problem=key, variant=name, lr=curves[name]["lr"], seed=seed, val_score=val, test_score=test)
-        measure = {"clf": "accuracy", "reg": "mse"}[key]
-        found = {what: {f: effect(v, i) for i, f in enumerate(FACTORS)} for what, v in values.items()}
-        for what, by_variant in values.items():
-            label = f"{key}_{what.replace('score', measure)}"
-            metrics[label] = {name: summary(v) for name, v in by_variant.items()}
-            metrics[f"{label}_effects"] = found[what]
-        swapped = {}
-        for init, first in (("he", "xavier"), ("xavier", "he")) if key == "reg" else ():
-            lr = curves[f"no BatchNorm, {init.capitalize()}"]["lr"]
-            fits = [train(problem, False, init, seed, lr, args, first)[0] for seed in seeds]
-            swapped[f"{init}_with_the_first_layer_of_{first}"] = [problem.measure(fit, "test")[1] for fit in fits]
-        if swapped:
-            metrics["reg_test_mse_swapped"] = {name: summary(mse) for name, mse in swapped.items()}
-        draw_problem(key, problem, networks, curves, values, found, swapped, early, run)
+    metrics = {"hidden": args.hidden, "seeds": args.seeds, "epochs": args.epochs, "early_epoch": early}
+    metrics |= study_spirals(Problem(spirals, args.seed, device), early, args, run)
+    metrics |= study_sine(Problem(noisy_chirp, args.seed, device), early, args, run)
 
     signal = {}
     for name, levels in VARIANTS.items():
-        signal[name] = np.array([signal_through_depth(*levels, args.depth_probe, seed) for seed in seeds])  # (S, 2, L)
-    # Both are ratios along the way that the signal takes: forward last / first, backward first / last.
+        signal[name] = np.array([signal_through_depth(*levels, args.depth_probe, seed) for seed in args.seeds])
+    # (S, 2, L) each. Both are ratios along the way that the signal takes: forward last / first, backward first / last.
     metrics["forward_ratio"] = {name: float((s[:, 0, -1] / s[:, 0, 0]).mean()) for name, s in signal.items()}
     metrics["backward_ratio"] = {name: float((s[:, 1, 0] / s[:, 1, -1]).mean()) for name, s in signal.items()}
     save_figure(draw_signal(signal, metrics), run.path("signal_through_depth.png"))
     return run.finish(metrics)
 
 
-def draw_problem(key, problem, networks, curves, values, found, swapped, early, run) -> None:
-    """The three figures of a problem. The objective differs from the score by L2, and in regression by its units."""
-    if key == "clf":
-        about, scale, digits = "three spirals, accuracy in points", 100, 1
-        loss, score, filename = "objective: cross-entropy (nats) + λ/2 Σ W²", "accuracy (%)", "clf_curves_acc.png"
-        save_figure(draw_regions(problem, networks, values, found), run.path("decision_regions.png"))
-    else:
-        about, scale, digits = "noisy sine, error in (units of y)²", 1, 3
-        loss = "objective: MSE of standardised y + λ/2 Σ W²"
-        score, filename = "MSE in (units of y)²", "reg_curves_mse.png"
-        save_figure(draw_fits(problem, networks, values, found, swapped), run.path("fitted_function.png"))
-    loss_figure = draw_curves(curves, found, "loss", loss, about.split(",")[0] + ", objective", 1, 3, early)
-    save_figure(loss_figure, run.path(f"{key}_curves_loss.png"))
-    save_figure(draw_curves(curves, found, "score", score, about, scale, digits, early), run.path(filename))
+def study_spirals(problem: Problem, early: int, args, run) -> dict:
+    """Train all variants on the spirals and draw; returns the metrics."""
+    fitted, test = fit_variants("clf", problem, early, args, run)
+    figure = draw_curves(fitted, "loss", "three spirals, objective", "objective: cross-entropy (nats) + λ/2 Σ W²")
+    save_figure(figure, run.path("clf_curves_loss.png"))
+    figure = draw_curves(fitted, "score", "three spirals, accuracy in points", "accuracy (%)", scale=100, digits=1)
+    save_figure(figure, run.path("clf_curves_acc.png"))
+    save_figure(draw_regions(problem, fitted, test), run.path("decision_regions.png"))
+    return {
+        "clf_val_score_by_lr": {name: own.score_by_lr for name, own in fitted.items()},
+        "clf_early_val_accuracy_effects": effects(after(fitted, early, "val_score")),
+        "clf_val_accuracy": summaries(after(fitted, args.epochs, "val_score")),
+        "clf_test_accuracy": summaries(test),
+        "clf_test_accuracy_effects": effects(test),
+    }
 
 
-def draw_curves(curves, found, what: str, ylabel: str, about: str, scale: float, digits: int, early: int):
+def study_sine(problem: Problem, early: int, args, run) -> dict:
+    """Train all variants on the sine, then those with swapped first layers, and draw; returns the metrics."""
+    fitted, test = fit_variants("reg", problem, early, args, run)
+    swapped = swap_first_layers(problem, fitted, args)
+    figure = draw_curves(fitted, "loss", "noisy sine, objective", "objective: MSE of standardised y + λ/2 Σ W²")
+    save_figure(figure, run.path("reg_curves_loss.png"))
+    figure = draw_curves(fitted, "score", "noisy sine, error in (units of y)²", "MSE in (units of y)²")
+    save_figure(figure, run.path("reg_curves_mse.png"))
+    save_figure(draw_fits(problem, fitted, test, swapped), run.path("fitted_function.png"))
+    return {
+        "reg_val_score_by_lr": {name: own.score_by_lr for name, own in fitted.items()},
+        "reg_early_val_mse_effects": effects(after(fitted, early, "val_score")),
+        "reg_val_mse": summaries(after(fitted, args.epochs, "val_score")),
+        "reg_test_mse": summaries(test),
+        "reg_test_mse_effects": effects(test),
+        "reg_test_mse_swapped": summaries(swapped),
+    }
+
+
+def draw_curves(fitted: dict[str, Fitted], what: str, about: str, ylabel: str, *, scale: float = 1, digits: int = 3):
     """Loss or score of the four variants against epochs, training left, validation right: mean and range of seeds."""
     figure, axes = new_figure(1, 2, width=11, height=5, sharey=True)
     for ax, part in zip(axes[0], ("train", "val"), strict=True):
-        for index, (name, of_variant) in enumerate(curves.items()):
-            values = scale * of_variant[f"{part}_{what}"]  # (S, E + 1)
-            style = line_style(index)
-            ax.plot(values.mean(0), label=f"{name}, lr {of_variant['lr']:g}", **style)
+        for index, (name, own) in enumerate(fitted.items()):
+            values, style = scale * own.curves[f"{part}_{what}"], line_style(index)  # (S, E + 1)
+            ax.plot(values.mean(0), label=f"{name}, lr {own.lr:g}", **style)
             ax.fill_between(range(values.shape[1]), values.min(0), values.max(0), color=style["color"], alpha=0.2)
         ax.set(xlabel="epochs", title={"train": "training points", "val": "validation points"}[part])
         if scale == 1:
             ax.set(yscale="log")
         ax.legend()
     axes[0, 0].set_ylabel(ylabel)
-    ends = {early: f"early_val_{what}", values.shape[1] - 1: f"val_{what}"}
-    effects_said = [f"epoch {epoch}: {said(found[key], scale, digits)}" for epoch, key in ends.items()]
-    what = "bands: all seeds; differences on validation points, each at its best rate there, with 95 % intervals"
-    figure.suptitle(f"{about}; {what}\n" + "\n".join(effects_said))
+    how = "bands: all seeds; differences on validation points, each at its best rate there, with 95 % intervals"
+    lines = [f"{about}; {how}"]
+    for epoch in own.at:
+        found = effects(after(fitted, epoch, f"val_{what}"))
+        lines.append(f"epoch {epoch}: {said(found, scale=scale, digits=digits)}")
+    figure.suptitle("\n".join(lines))
     return figure
 
 
-def draw_regions(problem: Problem, networks, values, found):
+def draw_regions(problem: Problem, fitted: dict[str, Fitted], test: dict[str, np.ndarray]):
     """The class that each variant's first network gives every point of the plane, and the test points."""
     figure, axes = new_figure(2, 2, width=9, height=9.4, sharex=True, sharey=True)
     side = np.linspace(-1.3, 1.3, 261)
     grid = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
     points, y = problem.drawn["test"]
-    for ax, (name, of_seeds) in zip(axes.flat, networks.items(), strict=True):
-        regions = of_seeds[0].predict(problem.inputs(grid)).argmax(1).cpu().numpy().reshape(len(side), -1)
+    for ax, (name, own) in zip(axes.flat, fitted.items(), strict=True):
+        regions = own.networks[0].predict(problem.inputs(grid)).argmax(1).cpu().numpy().reshape(len(side), -1)
         ax.contourf(side, side, regions, levels=np.arange(CLASSES + 1) - 0.5, colors=COLORS[:CLASSES], alpha=0.25)
         for k in range(CLASSES):
             style = {"color": COLORS[k], "marker": "os^"[k], "markersize": 2.5, "linestyle": "none"}
             ax.plot(*points[y == k].T, label=f"class {k}", **style)
-        mean, std = mean_and_std(100 * values["test_score"][name])
+        mean, std = mean_and_std(100 * test[name])
         ax.set(title=f"{name}: {mean:.1f} ± {std:.1f} %", aspect="equal")
         ax.grid(False)
     figure.supxlabel("x₁")
     figure.supylabel("x₂")
     axes[0, 0].legend(loc="lower left", markerscale=2, framealpha=0.8, frameon=True)
-    seeds = f"mean ± std over {len(of_seeds)} seeds; the regions are the first seed's"
-    effects = said(found["test_score"], 100, 2).replace("; ", "\n")
-    figure.suptitle(f"three spirals: accuracy on {len(y)} test points, {seeds}\nin points: {effects}")
+    seeds = f"mean ± std over {len(own.networks)} seeds; the regions are the first seed's"
+    lines = said(effects(test), scale=100).replace("; ", "\n")
+    figure.suptitle(f"three spirals: accuracy on {len(y)} test points, {seeds}\nin points: {lines}")
     return figure
 
 
-def draw_fits(problem: Problem, networks, values, found, swapped):
+def draw_fits(problem: Problem, fitted: dict[str, Fitted], test: dict[str, np.ndarray], swapped: dict):
     """What each variant's networks, one curve a seed, make of the sine, beside the truth and the training points."""
     figure, axes = new_figure(2, 2, width=11, height=7.6, sharex=True, sharey=True)
     x = np.linspace(-0.2, 3.2, 500)[:, None]
-    for index, (ax, (name, of_seeds)) in enumerate(zip(axes.flat, networks.items(), strict=True)):
+    for index, (ax, (name, own)) in enumerate(zip(axes.flat, fitted.items(), strict=True)):
         ax.plot(*problem.drawn["train"], ".", color="#AAAAAA", markersize=3, label="training points")
         ax.plot(x, chirp(x), color="black", linewidth=1, linestyle="--", label="without the noise")
-        for number, network in enumerate(of_seeds):
+        for number, network in enumerate(own.networks):
             fitted = network.predict(problem.inputs(x)).cpu().numpy() * problem.y_std + problem.y_mean
             label = "fitted, one a seed" if number == 0 else None
             ax.plot(x, fitted, color=line_style(index)["color"], linewidth=1, alpha=0.7, label=label)
-        mean, std = mean_and_std(values["test_score"][name])
+        mean, std = mean_and_std(test[name])
         ax.set_title(f"{name}: test MSE {mean:.2f} ± {std:.2f}")
     figure.supxlabel("x")
     figure.supylabel("y")
     axes[0, 0].legend(loc="upper left", fontsize=8)
-    about = f"noisy sine: mean ± std over {len(of_seeds)} seeds; the noise alone gives a test MSE of {NOISE**2:g}"
+    about = f"noisy sine: mean ± std over {len(own.networks)} seeds; the noise alone gives a test MSE of {NOISE**2:g}"
     he, xavier = (mean_and_std(mse) for mse in swapped.values())
     control = f"first layers swapped: He with Xavier's {he[0]:.2f} ± {he[1]:.2f}, Xavier with He's "
     control += f"{xavier[0]:.2f} ± {xavier[1]:.2f} (both without BatchNorm)"
-    figure.suptitle(f"{about}\n{said(found['test_score'], 1, 2)}\n{control}")
+    figure.suptitle(f"{about}\n{said(effects(test))}\n{control}")
     return figure
 
 

@@ -19,7 +19,7 @@ from mnist_svm_gabor.classifier import Classifier
 from shared_utils.cli import make_parser, positive_int, run_main
 from shared_utils.data import load_images, subset
 from shared_utils.device import pick_device
-from shared_utils.plotting import COLORS, DASHES, new_figure, save_figure
+from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
 from shared_utils.runs import find_output, start_run
 from shared_utils.seeding import seed_everything
 from shared_utils.stats import wilson_interval
@@ -137,7 +137,7 @@ def draw(found: dict, n: int, title: str, args):
             values = np.array(found[kind][name])
             band = np.array([wilson_interval(round(value * n), n) for value in values]) * 100
             x = found[kind]["strength"]
-            ax.plot(x, 100 * values, DASHES[index], marker="o", markersize=3, color=COLORS[index], label=shown)
+            ax.plot(x, 100 * values, marker="o", markersize=3, label=shown, **line_style(index))
             ax.fill_between(x, band[:, 0], band[:, 1], color=COLORS[index], alpha=0.2, linewidth=0)
         ax.set(xlabel=label, title=kind)
     for ax in axes[:, 0]:

@@ -182,7 +182,7 @@ def time_updates(
                 train_alone(twin_of(model, i), points[i], rngs[i], fused=fused, after_epoch=timed[-1], **how)
         else:
             timed.append(Epochs(clock))
-            fit.__wrapped__(model, points, rngs, after_epoch=timed[-1], **how)  # without its own choice of one thread
+            fit(model, points, rngs, after_epoch=timed[-1], **how)
     return min(second for epochs in timed for second in epochs.seconds) / UPDATES_PER_EPOCH / (1 if alone else group)
 
 

@@ -20,7 +20,6 @@ Shapes: M networks, T trials, S sizes, n points, G grid points, F frequencies, L
 """
 
 import argparse
-import csv
 
 import numpy as np
 from scipy.interpolate import CubicSpline
@@ -29,12 +28,12 @@ from sklearn.metrics import roc_auc_score
 
 from nl_regression.fitting import Fit, fit
 from nl_regression.recipes import HOW, Recipe, points_of
-from nl_regression.results import KNOWS, Networks
+from nl_regression.results import KNOWS, Networks, rows_of
 from nl_regression.target import GRID, IN_POINTS, deltas, target
 from shared_utils.cli import UserError, at_least, make_parser, run_main
-from shared_utils.device import pick_device
+from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
-from shared_utils.runs import find_output, read_json, replacing, start_run
+from shared_utils.runs import find_output, read_json, start_run, write_csv
 from shared_utils.seeding import seed_everything
 
 FREQUENCIES = 1000  # of the least-norm solution
@@ -99,6 +98,7 @@ def least_norm(x: np.ndarray, y: np.ndarray, frequencies: np.ndarray) -> np.ndar
     return np.linalg.lstsq(fourier(x, frequencies), y, rcond=None)[0]
 
 
+@cpu_threads(1)
 def train_ensemble(recipe: Recipe, x: np.ndarray, members: int, seed: int, device) -> Fit:
     """`members` networks on the same points x (n,), each with features, weights and batches of its own."""
     rngs = [np.random.default_rng([seed, len(x), member, 1]) for member in range(members)]  # 4 numbers: no sweep's own
@@ -125,9 +125,75 @@ def from_which(sizes: list[int], values: np.ndarray, bound: float) -> int | None
     return int(sizes[first]) if first < len(sizes) else None
 
 
+def measure(
+    networks: Networks, frequencies: np.ndarray, seed: int
+) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+    """On each network's points, of the sweep's `seed`: what every method makes of them.
+
+    Returns the largest gap in half-periods (M,), method → δ_in (M,), and how far the least-norm function on the
+    features of `frequencies` (F,) is off its points at most (M,).
+    """
+    grid = GRID[:IN_POINTS]
+    truth, features_of_grid = target(grid), fourier(grid, frequencies)
+    gaps, residuals, errors = [], [], {name: [] for name in METHODS[1:]}
+    for n, trial in zip(networks.n, networks.trial, strict=True):
+        _, x = points_of(n, trial, seed)
+        y = target(x)
+        w = least_norm(x, y, frequencies)
+        fits = {
+            "cubic spline": spline(x, y, grid),
+            "Gaussian process": gaussian_process(x, y, grid)[0],
+            "least norm": features_of_grid @ w,
+        }
+        gaps.append(largest_gap(x))
+        residuals.append(np.abs(fourier(x, frequencies) @ w - y).max())
+        for name, values in fits.items():
+            errors[name].append(np.abs(values - truth).max())
+    errors = {"network": deltas(networks.values)[0]} | {name: np.array(own) for name, own in errors.items()}
+    return np.array(gaps), errors, np.array(residuals)
+
+
 def keyed(table: dict) -> dict:
     """With the methods' names as metrics.json and history.csv have them."""
     return {name.replace(" ", "_"): value for name, value in table.items()}
+
+
+def counts(gaps: np.ndarray, errors: dict[str, np.ndarray]) -> dict:
+    """On how many sets of points, with a gap of a half-period (M,) or without, each method's δ_in (M,) is how small."""
+    wide = gaps >= 1
+
+    def below(bound: float, where: np.ndarray) -> dict:
+        return keyed({name: (own[where] < bound).sum() for name, own in errors.items()})
+
+    no_worse = {name: (errors["network"] <= errors[name]).sum() for name in METHODS[1:]}
+    return {
+        "networks": len(gaps),
+        "with_a_gap_of_a_half_period": int(wide.sum()),
+        "of_these_delta_in_below_1": below(1, wide),
+        "of_these_delta_in_below_a_tenth": below(KNOWS, wide),
+        "of_the_others_delta_in_below_a_tenth": below(KNOWS, ~wide),
+        "network_no_worse_than": keyed(no_worse),
+    }
+
+
+def ensemble(recipe: Recipe, x: np.ndarray, args, device) -> tuple[np.ndarray, dict]:
+    """Train the ensemble on x (n,): the values (M, G) of the networks that did not diverge, and its metrics.
+
+    Errors: `UserError` when fewer than two are left.
+    """
+    found = train_ensemble(recipe, x, args.members, args.seed, device)
+    fine = found.diverged_at == 0
+    values = found.values[fine]
+    if len(values) < 2:
+        raise UserError(f"all but {len(values)} of the ensemble's networks diverged at learning rate {recipe.lr:g}")
+    return values, {
+        "n": args.n,
+        "members": len(values),
+        "largest_gap": largest_gap(x),
+        "median_delta_in_of_members": np.median(deltas(values)[0]),
+        "median_train_mse_of_members": np.median(found.train_mse[fine]),
+        **band_metrics(values.mean(0), values.std(0, ddof=1)),
+    }
 
 
 def main(argv=None) -> dict:
@@ -143,82 +209,36 @@ def main(argv=None) -> dict:
 
     # The least-norm function is the network's features without its hidden layers; x alone has no such counterpart.
     frequencies = rng.normal(0, recipe.sigma, FREQUENCIES)  # (F,)
-    grid = GRID[:IN_POINTS]
-    features_of_grid = fourier(grid, frequencies)
-    gaps, errors, residuals = [], {name: [] for name in METHODS}, []
-    errors["network"] = deltas(networks.values)[0]
-    for n, trial in zip(networks.n, networks.trial, strict=True):
-        _, x = points_of(n, trial, flags.seed)
-        y = target(x)
-        w = least_norm(x, y, frequencies)
-        residuals.append(np.abs(fourier(x, frequencies) @ w - y).max())
-        fits = {
-            "cubic spline": spline(x, y, grid),
-            "Gaussian process": gaussian_process(x, y, grid)[0],
-            "least norm": features_of_grid @ w,
-        }
-        gaps.append(largest_gap(x))
-        for name, values in fits.items():
-            errors[name].append(np.abs(values - target(grid)).max())
-    gaps, errors = np.array(gaps), {name: np.array(values) for name, values in errors.items()}
-    write_csv(run.path("coverage.csv"), networks, gaps, errors)
+    gaps, errors, residuals = measure(networks, frequencies, flags.seed)
+    # A line for each set of points: its largest gap in half-periods, δ_in of each method.
+    table = rows_of({"n": networks.n, "trial": networks.trial, "gap": gaps, **errors})
+    write_csv(run.path("coverage.csv"), table)
 
-    sizes = networks.sizes()
+    sizes, rows = networks.sizes(), []
     medians = {name: np.array([np.median(v[networks.n == n]) for n in sizes]) for name, v in errors.items()}  # (S,)
     gap = np.array([np.median(gaps[networks.n == n]) for n in sizes])
     for index, n in enumerate(sizes):
-        run.log(n=n, gap=gap[index], **keyed({name: medians[name][index] for name in METHODS}))
+        row = keyed({name: medians[name][index] for name in METHODS})
+        run.log(n=n, gap=gap[index], **row)
+        rows.append({"n": n, "median_gap": gap[index], **row})
     from_gap = from_which(sizes, gap, 1)
-    from_n = {name: from_which(sizes, medians[name], KNOWS) for name in METHODS}
+    from_n = {name: from_which(sizes, of_sizes, KNOWS) for name, of_sizes in medians.items()}
 
     _, x = points_of(args.n, 0, flags.seed)
-    found = train_ensemble(recipe, x, args.members, args.seed, device)
-    fine = found.values[found.diverged_at == 0]
-    if len(fine) < 2:
-        raise UserError(f"all but {len(fine)} of the ensemble's networks diverged at learning rate {recipe.lr:g}")
-    mean, std = fine.mean(0), fine.std(0, ddof=1)
-    band = band_metrics(mean, std)
-
+    values, band = ensemble(recipe, x, args, device)
     save_figure(draw_coverage(networks.n, gaps, errors, medians, from_gap, from_n, recipe), run.path("coverage.png"))
-    save_figure(draw_band(x, fine, band, recipe), run.path("extrapolation.png"))
-    wide, rows = gaps >= 1, []
-    for index, n in enumerate(sizes):
-        rows.append({"n": n, "median_gap": gap[index], **keyed({name: medians[name][index] for name in METHODS})})
+    save_figure(draw_band(x, values, band, recipe), run.path("extrapolation.png"))
     return run.finish(
         {
             "recipe": str(recipe),
             "median_gap_below_a_half_period_from_n": from_gap,
             "median_delta_in_below_a_tenth_from_n": keyed(from_n),
-            "networks": len(networks),
-            "with_a_gap_of_a_half_period": int(wide.sum()),
-            "of_these_delta_in_below_1": keyed({name: (own[wide] < 1).sum() for name, own in errors.items()}),
-            "of_these_delta_in_below_a_tenth": keyed({name: (own[wide] < KNOWS).sum() for name, own in errors.items()}),
-            "of_the_others_delta_in_below_a_tenth": keyed(
-                {name: (own[~wide] < KNOWS).sum() for name, own in errors.items()}
-            ),
-            "network_no_worse_than": keyed({name: (errors["network"] <= errors[name]).sum() for name in METHODS[1:]}),
-            "largest_residual_of_least_norm": max(residuals),
+            **counts(gaps, errors),
+            "largest_residual_of_least_norm": residuals.max(),
             "sizes": rows,
-            "ensemble": {
-                "n": args.n,
-                "members": len(fine),
-                "largest_gap": largest_gap(x),
-                "median_delta_in_of_members": np.median(deltas(fine)[0]),
-                "median_train_mse_of_members": np.median(found.train_mse[found.diverged_at == 0]),
-                **band,
-            },
+            "ensemble": band,
         }
     )
-
-
-def write_csv(path, networks: Networks, gaps: np.ndarray, errors: dict) -> None:
-    """A line for each set of points: n, trial, largest gap in half-periods, δ_in of each method."""
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("n", "trial", "gap", *errors))
-        for i, gap in enumerate(gaps):
-            numbers = [f"{value:.6g}" for value in (gap, *(errors[name][i] for name in errors))]
-            writer.writerow((networks.n[i], networks.trial[i], *numbers))
 
 
 def from_text(n: int | None) -> str:

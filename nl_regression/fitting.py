@@ -15,7 +15,6 @@ from torch import Tensor
 
 from nl_regression.model import EnsembleMLP
 from nl_regression.target import GRID, target
-from shared_utils.device import cpu_threads
 
 UPDATES_PER_EPOCH = 16
 OPTIMIZERS = ("sgd", "adam")
@@ -54,7 +53,6 @@ def epoch_batches(sizes: Sequence[int], batch_size: int, rngs: Sequence[np.rando
     return torch.from_numpy(at), torch.from_numpy(weights)
 
 
-@cpu_threads(1)
 def fit(
     model: EnsembleMLP,
     points: Sequence[np.ndarray],

@@ -17,6 +17,7 @@ from nl_regression.fitting import OPTIMIZERS, SCHEDULES, Fit, fit
 from nl_regression.model import EnsembleMLP
 from nl_regression.target import sample_points
 from shared_utils.cli import ExperimentParser, non_negative_int, positive_float, positive_int
+from shared_utils.device import cpu_threads
 
 RECIPES = {
     "interpolating": {
@@ -39,9 +40,11 @@ RECIPES = {
 HOW = ("epochs", "lr", "optimizer", "schedule", "batch_size", "beta2")  # of a recipe, for `fit`
 
 
-def add_recipe_flags(parser: ExperimentParser, recipe: str = "interpolating") -> None:
+def add_recipe_flags(parser: ExperimentParser) -> None:
     """`--recipe`, and a flag for everything in it, which overrides it."""
-    parser.add_argument("--recipe", choices=RECIPES, default=recipe, help="sets the flags below that are not given")
+    parser.add_argument(
+        "--recipe", choices=RECIPES, default="interpolating", help="sets the flags below that are not given"
+    )
     parser.add_argument("--epochs", type=positive_int, help="of 16 updates each, whatever n")
     parser.add_argument("--lr", type=positive_float, help="learning rate")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="sgd has momentum 0.9")
@@ -83,6 +86,7 @@ class Recipe:
         """The networks as they start, one for each generator, on the CPU."""
         return EnsembleMLP(len(rngs), self.width, self.depth, self.features, sigma=self.sigma, rngs=rngs)
 
+    @cpu_threads(1)
     def train(
         self, sizes: Sequence[int], trials: Sequence[int], seed: int, device: torch.device, after_epoch=None
     ) -> tuple[EnsembleMLP, Fit]:

@@ -3,7 +3,6 @@
 Shapes: M networks, G grid points.
 """
 
-import csv
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from nl_regression.target import deltas
 from shared_utils.checkpoint import load_arrays, save_arrays
-from shared_utils.runs import replacing
+from shared_utils.runs import write_csv
 
 FITS = 1e-4  # mean squared error on its points below which a network interpolates them
 KNOWS = 0.1  # largest error below which it knows the function there
@@ -60,11 +59,16 @@ class Networks:
     def write_csv(self, path: Path) -> None:
         """A line for each network: n, trial, train_mse, delta_in, delta_out, diverged_at (0: it did not)."""
         delta_in, delta_out = deltas(self.values)
-        with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("n", "trial", "train_mse", "delta_in", "delta_out", "diverged_at"))
-            for row in zip(self.n, self.trial, self.train_mse, delta_in, delta_out, self.diverged_at, strict=True):
-                writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row)
+        columns = {"n": self.n, "trial": self.trial, "train_mse": self.train_mse}
+        write_csv(
+            path, rows_of(columns | {"delta_in": delta_in, "delta_out": delta_out, "diverged_at": self.diverged_at})
+        )
+
+
+def rows_of(columns: dict[str, np.ndarray]) -> list[dict]:
+    """A row for each of the M entries of the columns, (M,) each, for `write_csv`: floats with six digits."""
+    found = [[f"{v:.6g}" if isinstance(v, float) else v for v in column] for column in columns.values()]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*found, strict=True)]
 
 
 def plain(row: dict) -> dict:

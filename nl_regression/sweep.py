@@ -88,7 +88,6 @@ def main(argv=None) -> dict:
         "interpolating": int((found.train_mse <= FITS).sum()),
         "largest_train_mse": float(np.nanmax([row["largest_train_mse"] for row in rows])),
         "largest_n": sizes[-1],
-        "delta_in_at_the_largest_n": rows[-1]["delta_in"],
         "delta_out_at_the_largest_n": rows[-1]["delta_out"],
         "median_delta_in_at_the_largest_n": rows[-1]["median_delta_in"],
         "first_n_that_knows": next((row["n"] for row in swept if row["median_delta_in"] <= KNOWS), None),

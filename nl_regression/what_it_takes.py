@@ -142,9 +142,7 @@ def main(argv=None) -> dict:
             "first_that_interpolates": first,
             "trials": args.trials,
             "reference_largest_n": sizes[-1],
-            "reference_train_mse": rows[0]["sizes"][-1]["median_train_mse"],
             "last_train_mse": rows[-1]["sizes"][-1]["median_train_mse"],
-            "last_delta_in": rows[-1]["sizes"][-1]["median_delta_in"],
             "smallest_raw_train_mse": smallest_raw(rows),
             "ladder": rows,
         }

@@ -33,7 +33,7 @@ from numpy_nn.network import Sequential
 from numpy_nn.optimizers import SGD, Adam, RMSprop
 from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
-from shared_utils.plotting import COLORS, DASHES, new_figure, save_figure
+from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.stats import mean_std
 
@@ -99,14 +99,16 @@ def train_toy(toy: str, make: Callable, lr: float, seed: int, args) -> tuple[np.
     losses = []  # (training, validation)
     try:
         for epoch in range(args.epochs + 1):
-            for batch in minibatches(len(x), args.batch_size, rng) if epoch else ():
-                loss.forward(network.forward(x[batch], training=True), y[batch])
-                network.backward(loss.backward(), need_dx=False)
-                optimizer.step()
+            if epoch > 0:
+                for batch in minibatches(len(x), args.batch_size, rng):
+                    loss.forward(network.forward(x[batch], training=True), y[batch])
+                    network.backward(loss.backward(), need_dx=False)
+                    optimizer.step()
             losses.append([loss.forward(network.forward(a), b) for a, b in ((x, y), (x_val, y_val))])
-        return *np.array(losses, dtype=np.float64).T, network
     except NotFinite:
         return None
+    training, validation = np.array(losses, dtype=np.float64).T  # (E + 1,) each
+    return training, validation, network
 
 
 def toy_data(toy: str, seed: int, args) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -277,11 +279,10 @@ def draw_toy_losses(losses: dict, toys: dict, args):
     for ax, toy in zip(axes[0], TOYS, strict=True):
         bottom = np.inf
         for index, name in enumerate(OPTIMIZERS):
-            values, color = losses[toy, name], COLORS[index]  # (seeds, E + 1)
+            values = losses[toy, name]  # (seeds, E + 1)
             middle, epochs = np.median(values, axis=0), np.arange(args.epochs + 1)
-            style = {"color": color, "linestyle": DASHES[index % len(DASHES)]}
-            ax.plot(epochs, middle, label=f"{name}, lr {toys[toy][name]['lr']:g}", **style)
-            ax.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+            ax.plot(epochs, middle, label=f"{name}, lr {toys[toy][name]['lr']:g}", **line_style(index))
+            ax.fill_between(epochs, values.min(0), values.max(0), color=COLORS[index], alpha=0.15, linewidth=0)
             bottom = min(bottom, middle.min())
         ax.set(yscale="log", ylim=(bottom / 3, 1.5), xlabel="epochs", title=f"{toy} (generated, {N_TRAIN} points)")
         ax.legend(fontsize=8, loc="lower left")
@@ -330,7 +331,7 @@ def draw_trajectories(walks: dict, surfaces: dict, steps: int):
         for index, name in enumerate(OPTIMIZERS):
             path, row = walks[key, name][0], surfaces[key][name]
             label = f"{name}, lr {row['lr']:g}: f = {row['final_value']:.1e}"
-            ax.plot(*path.T, color=COLORS[index], linestyle=DASHES[index % 4], label=label, linewidth=1.3)
+            ax.plot(*path.T, label=label, linewidth=1.3, **line_style(index))
             ax.plot(*path[-1], "s", color=COLORS[index], markersize=5)
         ax.plot(*surface.start, "o", color="black", markersize=6)
         ax.plot(*surface.minimum, "*", color="black", markersize=13)
@@ -349,18 +350,19 @@ def draw_surface_losses(walks: dict, surfaces: dict, steps: int):
         for index, name in enumerate(OPTIMIZERS):
             values, row = walks[key, name][1], surfaces[key][name]
             label = f"{name}, lr {row['lr']:g}"
-            ax.plot(np.maximum(values, 1e-30), color=COLORS[index], linestyle=DASHES[index % 4], label=label)
+            ax.plot(np.maximum(values, 1e-30), label=label, **line_style(index))
         ax.set(yscale="log", xlabel="steps", title=f"{key}: {SURFACES[key].formula}")
         ax.legend(fontsize=8)
     axes[0, 0].set_ylabel("f − its minimum (no unit)")
-    first = {
-        key: min((r["steps_to_0.001"], name) for name, r in rows.items() if r["steps_to_0.001"] is not None)
-        if any(r["steps_to_0.001"] is not None for r in rows.values())
-        else None
-        for key, rows in surfaces.items()
-    }
-    said = ", ".join(f"{key}: {f'{f[1]} ({f[0]} steps)' if f else 'none'}" for key, f in first.items())
-    figure.suptitle(f"First below f = 0.001 within {steps} steps: {said}")
+    said = []
+    for key, rows in surfaces.items():
+        arrived = [(row["steps_to_0.001"], name) for name, row in rows.items() if row["steps_to_0.001"] is not None]
+        if arrived:
+            taken, name = min(arrived)
+            said.append(f"{key}: {name} ({taken} steps)")
+        else:
+            said.append(f"{key}: none")
+    figure.suptitle(f"First below f = 0.001 within {steps} steps: {', '.join(said)}")
     return figure
 
 

@@ -141,7 +141,7 @@ def network_case(name: str, network: Sequential, x: np.ndarray, loss, target: np
 
 def build_mlp(rng: np.random.Generator) -> Sequential:
     """(N, 6) → (N, 4); smooth, so that its error against h has no kink in it."""
-    layers = [Linear(6, 8, "xavier", rng, F64), Tanh(F64), Linear(8, 8, "xavier", rng, F64), Sigmoid(F64)]
+    layers = [Linear(6, 8, "xavier", rng, F64), Tanh(), Linear(8, 8, "xavier", rng, F64), Sigmoid()]
     return Sequential(*layers, BatchNorm1d(8, dtype=F64), Linear(8, 4, "xavier", rng, F64))
 
 
@@ -152,22 +152,20 @@ def build_cnn(rng: np.random.Generator) -> Sequential:
     """
     return Sequential(
         Conv2d(1, 3, 3, padding=1, rng=rng, dtype=F64),  # (N, 3, 8, 8)
-        ReLU(F64),
+        ReLU(),
         BatchNorm2d(3, dtype=F64),
-        MaxPool2d(3, 2, F64),  # (N, 3, 3, 3)
+        MaxPool2d(3, 2),  # (N, 3, 3, 3)
         Conv2d(3, 4, 3, 2, 2, rng=rng, dtype=F64),  # (N, 4, 3, 3)
-        Tanh(F64),
-        AvgPool2d(2, 1, F64),  # (N, 4, 2, 2)
-        Flatten(F64),
+        Tanh(),
+        AvgPool2d(2, 1),  # (N, 4, 2, 2)
+        Flatten(),
         Linear(16, 4, rng=rng, dtype=F64),
     )
 
 
 def build_embedding(rng: np.random.Generator) -> Sequential:
     """(N, 1, 8, 8) → (N, 4): patches of 4×4, the small twin of the network in train_numpy_vs_torch.py."""
-    return Sequential(
-        PatchEmbedding(4, 3, rng=rng, dtype=F64), ReLU(F64), Flatten(F64), Linear(12, 4, rng=rng, dtype=F64)
-    )
+    return Sequential(PatchEmbedding(4, 3, rng=rng, dtype=F64), ReLU(), Flatten(), Linear(12, 4, rng=rng, dtype=F64))
 
 
 def build_cases(seed: int, subject: str | None = None) -> list[Case]:
@@ -181,19 +179,19 @@ def build_cases(seed: int, subject: str | None = None) -> list[Case]:
         ("Conv2d 3×3, stride 2, padding 1", lambda: Conv2d(2, 2, 3, 2, 1, dtype=F64), (2, 2, 6, 5), True),
         ("Conv2d 2×2, stride 3, padding 2", lambda: Conv2d(1, 2, 2, 3, 2, dtype=F64), (2, 1, 5, 4), True),
         ("Conv2d 1×1, stride 2", lambda: Conv2d(2, 2, 1, 2, dtype=F64), (2, 2, 4, 4), True),
-        ("MaxPool2d 2×2", lambda: MaxPool2d(2, dtype=F64), (2, 2, 4, 5), True),
-        ("MaxPool2d 3×3, stride 2", lambda: MaxPool2d(3, 2, F64), (2, 2, 5, 6), True),
-        ("AvgPool2d 2×2", lambda: AvgPool2d(2, dtype=F64), (2, 2, 4, 5), True),
-        ("AvgPool2d 3×3, stride 1", lambda: AvgPool2d(3, 1, F64), (2, 2, 4, 5), True),
+        ("MaxPool2d 2×2", lambda: MaxPool2d(2), (2, 2, 4, 5), True),
+        ("MaxPool2d 3×3, stride 2", lambda: MaxPool2d(3, 2), (2, 2, 5, 6), True),
+        ("AvgPool2d 2×2", lambda: AvgPool2d(2), (2, 2, 4, 5), True),
+        ("AvgPool2d 3×3, stride 1", lambda: AvgPool2d(3, 1), (2, 2, 4, 5), True),
         ("BatchNorm1d, training", lambda: BatchNorm1d(3, dtype=F64), (5, 3), True),
         ("BatchNorm1d, evaluation", lambda: BatchNorm1d(3, dtype=F64), (5, 3), False),
         ("BatchNorm2d, training", lambda: BatchNorm2d(2, dtype=F64), (2, 2, 3, 3), True),
         ("BatchNorm2d, evaluation", lambda: BatchNorm2d(2, dtype=F64), (2, 2, 3, 3), False),
         ("Dropout 0.4, fixed mask", lambda: Dropout(0.4, dtype=F64), (4, 5), True),
-        ("Flatten", lambda: Flatten(F64), (2, 2, 2, 3), True),
-        ("ReLU", lambda: ReLU(F64), (4, 5), True),
-        ("Sigmoid", lambda: Sigmoid(F64), (4, 5), True),
-        ("Tanh", lambda: Tanh(F64), (4, 5), True),
+        ("Flatten", Flatten, (2, 2, 2, 3), True),
+        ("ReLU", ReLU, (4, 5), True),
+        ("Sigmoid", Sigmoid, (4, 5), True),
+        ("Tanh", Tanh, (4, 5), True),
     ]
     rng = np.random.default_rng([seed, 1])
     cases = [layer_case(name, make(), shape, rng, training) for name, make, shape, training in layers]

@@ -76,7 +76,7 @@ class Conv2d(Layer):
     def __init__(
         self, in_channels, out_channels, kernel_size, stride=1, padding=0, init="he", rng=None, dtype=np.float32
     ):
-        super().__init__(dtype)
+        super().__init__()
         if min(in_channels, out_channels, kernel_size, stride) < 1 or padding < 0:
             raise ValueError("channels, kernel_size and stride must be 1 or more, padding 0 or more")
         self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
@@ -109,8 +109,8 @@ class Conv2d(Layer):
 class _Pool2d(Layer):
     """What both poolings share: a window of kernel_size, moved by stride (kernel_size by default), without padding."""
 
-    def __init__(self, kernel_size: int, stride: int | None = None, dtype=np.float32):
-        super().__init__(dtype)
+    def __init__(self, kernel_size: int, stride: int | None = None):
+        super().__init__()
         self.kernel_size, self.stride = kernel_size, kernel_size if stride is None else stride
         if min(self.kernel_size, self.stride) < 1:
             raise ValueError("kernel_size and stride must be 1 or more")

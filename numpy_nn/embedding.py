@@ -21,7 +21,7 @@ PATCH, DIM = 4, 8
 def embedding_network(rng: np.random.Generator, n_classes: int, dtype=np.float32) -> Sequential:
     """(N, 1, 28, 28) → (N, 7, 7, 8) → (N, 392) → (N, K)."""
     embedding = PatchEmbedding(PATCH, DIM, rng=rng, dtype=dtype)
-    return Sequential(embedding, ReLU(dtype), Flatten(dtype), Linear(49 * DIM, n_classes, rng=rng, dtype=dtype))
+    return Sequential(embedding, ReLU(), Flatten(), Linear(49 * DIM, n_classes, rng=rng, dtype=dtype))
 
 
 def batch_order(n: int, updates: int, batch_size: int, seed: int) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ from numpy_nn.inputs import Inputs, load_inputs
 from numpy_nn.losses import NotFinite
 from numpy_nn.network import Sequential
 from shared_utils.cli import make_parser, positive_float, positive_int, run_main
-from shared_utils.plotting import COLORS, DASHES, new_figure, save_figure
+from shared_utils.plotting import line_style, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 
@@ -125,7 +125,7 @@ def draw(courses: dict, rows: list[dict], title: str):
         title=f"{title}: faults take the same network from {accuracies[SOUND]:.1%} down to {worst:.1%}",
     )
     for index, (name, (at, errors)) in enumerate(courses.items()):
-        style = {"color": COLORS[index], "linestyle": DASHES[index % 4], "marker": "x" if len(at) == 1 else None}
+        style = {**line_style(index), "marker": "x" if len(at) == 1 else None}
         label = f"{name}: {accuracies[name]:.1%} on the test images" + (", diverged" if diverged[name] else "")
         axes[0, 0].plot(at, [100 * error for error in errors], label=label, **style)
     axes[0, 0].set(xlabel="update", ylabel="validation error (%)", yscale="log")

@@ -19,8 +19,7 @@ class Layer:
     `buffers` are stored with the parameters but not trained (BatchNorm's running statistics).
     """
 
-    def __init__(self, dtype=np.float32):
-        self.dtype = np.dtype(dtype)
+    def __init__(self):
         self.params: dict[str, np.ndarray] = {}
         self.grads: dict[str, np.ndarray] = {}
         self.buffers: dict[str, np.ndarray] = {}
@@ -66,7 +65,7 @@ class Linear(Layer):
     """y = x W + b.  x: (N, D), W: (D, M), b: (M,), y: (N, M)."""
 
     def __init__(self, in_features: int, out_features: int, init="he", rng=None, dtype=np.float32):
-        super().__init__(dtype)
+        super().__init__()
         W = initial_weights((in_features, out_features), in_features, out_features, init, rng, dtype)
         self.params = {"W": W, "b": np.zeros(out_features, dtype)}
 
@@ -88,7 +87,7 @@ class PatchEmbedding(Layer):
     """
 
     def __init__(self, patch_size: int = 4, dim: int = 8, init="he", rng=None, dtype=np.float32):
-        super().__init__(dtype)
+        super().__init__()
         self.patch_size = patch_size
         W = initial_weights((patch_size**2, dim), patch_size**2, dim, init, rng, dtype)
         self.params = {"W": W, "b": np.zeros(dim, dtype)}
@@ -133,10 +132,11 @@ class Dropout(Layer):
     """
 
     def __init__(self, p: float = 0.5, rng=None, dtype=np.float32):
-        super().__init__(dtype)
+        super().__init__()
         if not 0 <= p < 1:
             raise ValueError(f"the probability of dropping must be in [0, 1), got {p}")
         self.p, self._rng = p, np.random.default_rng(0) if rng is None else rng
+        self.dtype = np.dtype(dtype)
 
     def forward(self, x: np.ndarray, training: bool = False) -> np.ndarray:
         if not training or self.p == 0:
@@ -167,8 +167,8 @@ class _BatchNorm(Layer):
     axes: tuple[int, ...]
 
     def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, dtype=np.float32):
-        super().__init__(dtype)
-        self.eps, self.momentum = eps, momentum
+        super().__init__()
+        self.eps, self.momentum, self.dtype = eps, momentum, np.dtype(dtype)
         self.params = {"gamma": np.ones(num_features, dtype), "beta": np.zeros(num_features, dtype)}
         self.buffers = {"mean": np.zeros(num_features, dtype), "var": np.ones(num_features, dtype)}
 

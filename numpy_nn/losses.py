@@ -3,11 +3,32 @@
 Shapes: N batch, K classes, M outputs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
+
+from shared_utils.runs import Diverged
 
 
 class NotFinite(ValueError):
     """NaN or infinity, mostly from too high a learning rate; its own class, so as not to catch a bug's ValueError."""
+
+
+@contextmanager
+def stopping(update: int, lr: float, highest: float, flag: str = "--lr", name: str = "") -> Iterator[None]:
+    """Around an update, or what is measured after it: a loss that is not finite ends the run in one line.
+
+    update: which one, from 1. lr: its learning rate. highest: the value of `flag`, of which a tenth is proposed. name:
+    the network's, where there are several. NumPy does not warn of the overflow that leads there.
+    Errors: `Diverged`, a `UserError`, for a `NotFinite`.
+    """
+    try:
+        with np.errstate(over="ignore", invalid="ignore"):
+            yield
+    except NotFinite as error:
+        where = f"{name}: update {update}" if name else f"update {update}"
+        raise Diverged(f"{where}, learning rate {lr:.3g}: {error}; try {flag} {highest / 10:g}") from None
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

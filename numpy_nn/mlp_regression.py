@@ -23,11 +23,10 @@ import numpy as np
 
 from numpy_nn.activations import ReLU, Tanh
 from numpy_nn.layers import Linear
-from numpy_nn.losses import MSE, NotFinite
+from numpy_nn.losses import MSE, NotFinite, stopping
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import Adam
 from shared_utils.cli import (
-    UserError,
     add_seeds,
     make_parser,
     non_negative_float,
@@ -110,16 +109,15 @@ def build_network(dim: int, widths: list[int], activation: str, rng: np.random.G
     """dim → widths → 1. float64: at this size it costs nothing."""
     layers = []
     for before, after in itertools.pairwise([dim, *widths]):
-        layers += [Linear(before, after, "he", rng, np.float64), ACTIVATIONS[activation](np.float64)]
+        layers += [Linear(before, after, "he", rng, np.float64), ACTIVATIONS[activation]()]
         layers[-2].params["b"] = rng.uniform(-1, 1, after)  # or every unit of the first layer bends at the origin
     return Sequential(*layers, Linear(widths[-1], 1, "xavier", rng, np.float64))
 
 
-@np.errstate(over="ignore", invalid="ignore")  # the loss refuses what is not finite
 def train(points: Points, args, rng: np.random.Generator) -> tuple[Sequential, dict[str, list[float]]]:
     """The network at its best validation epoch, and the RMSE on training and validation points after each epoch.
 
-    Errors: `UserError` when the loss does not stay finite.
+    Errors: `Diverged` when the loss does not stay finite.
     """
     network = build_network(points.x_train.shape[1], args.widths, args.activation, rng)
     loss, optimizer = MSE(), Adam(network.layers, args.lr)
@@ -128,17 +126,15 @@ def train(points: Points, args, rng: np.random.Generator) -> tuple[Sequential, d
     for _ in range(args.epochs):
         for at in minibatches(len(points.x_train), args.batch_size, rng):
             optimizer.lr = max(args.lr * (1 + math.cos(math.pi * optimizer.t / total)) / 2, 1e-12)
-            try:
+            with stopping(optimizer.t + 1, optimizer.lr, args.lr):
                 loss.forward(network.forward(points.x_train[at], training=True), points.y_train[at])
-            except NotFinite as error:
-                where = f"update {optimizer.t + 1}, learning rate {optimizer.lr:.3g}"
-                raise UserError(f"{where}: {error}; try --lr {args.lr / 10:g}") from None
-            network.backward(loss.backward(), need_dx=False)
-            optimizer.step()
-        history["training"].append(rmse(network.forward(points.x_train), points.y_train))
-        history["validation"].append(rmse(network.forward(points.x_val), points.y_val))
-        if not np.isfinite(history["validation"][-1]):
-            raise UserError(f"update {optimizer.t}: the outputs are not finite; try --lr {args.lr / 10:g}")
+                network.backward(loss.backward(), need_dx=False)
+                optimizer.step()
+        with stopping(optimizer.t, optimizer.lr, args.lr):
+            history["training"].append(rmse(network.forward(points.x_train), points.y_train))
+            history["validation"].append(rmse(network.forward(points.x_val), points.y_val))
+            if not np.isfinite(history["validation"][-1]):
+                raise NotFinite("the outputs are not finite")
         if history["validation"][-1] == min(history["validation"]):
             best = {name: array.copy() for name, array in network.parameters().items()}
     for name, array in network.parameters().items():

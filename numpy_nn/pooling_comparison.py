@@ -30,7 +30,7 @@ from numpy_nn.activations import ReLU
 from numpy_nn.conv import AvgPool2d, Conv2d, MaxPool2d
 from numpy_nn.inputs import CHUNK, Inputs, evaluate, load_inputs, predict_logits
 from numpy_nn.layers import Flatten, Layer, Linear
-from numpy_nn.losses import NotFinite, SoftmaxCrossEntropy
+from numpy_nn.losses import SoftmaxCrossEntropy, stopping
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import Adam
 from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
@@ -65,7 +65,6 @@ def build_network(variant: str, classes: int, seed: list[int]) -> Sequential:
     )
 
 
-@np.errstate(over="ignore", invalid="ignore")  # the loss refuses what is not finite
 def train(variant: str, lr: float, seed: int, data: Inputs, args, run) -> dict:
     """Train one network on the first `--train-size` images of a stratified order; returns it with its curves.
 
@@ -79,20 +78,18 @@ def train(variant: str, lr: float, seed: int, data: Inputs, args, run) -> dict:
     step, rows, seconds = 0, [], 0.0
     for epoch in range(1, args.epochs + 1):
         started, total = time.perf_counter(), 0.0
-        try:
-            for at in minibatches(len(chosen), args.batch_size, rng):
-                batch = chosen[at]
-                optimizer.lr = lr * (1 + math.cos(math.pi * step / updates)) / 2
+        for at in minibatches(len(chosen), args.batch_size, rng):
+            batch = chosen[at]
+            optimizer.lr = lr * (1 + math.cos(math.pi * step / updates)) / 2
+            with stopping(step + 1, optimizer.lr, lr, "--lrs", variant):
                 value = loss.forward(network.forward(data.x_train[batch], training=True), data.y_train[batch])
                 network.backward(loss.backward(), need_dx=False)
                 optimizer.step()
-                total += float(value) * len(batch)
-                step += 1
-            seconds += time.perf_counter() - started
+            total += float(value) * len(batch)
+            step += 1
+        seconds += time.perf_counter() - started
+        with stopping(step, optimizer.lr, lr, "--lrs", variant):
             val_loss, val_accuracy = evaluate(network, data.x_val, data.y_val)
-        except NotFinite as error:
-            where = f"{variant}, step {step}, lr {optimizer.lr:.3g}"
-            raise Diverged(f"{where}: {error}; try --lrs {lr / 10:g}") from None
         row = {"train_loss": total / len(chosen), "val_loss": val_loss, "val_accuracy": val_accuracy}
         run.log(variant=variant, lr=lr, seed=seed, epoch=epoch, **row)
         rows.append(row)

@@ -23,12 +23,12 @@ import time
 import numpy as np
 
 from numpy_nn.inputs import Inputs, evaluate, load_inputs
-from numpy_nn.losses import NotFinite, SoftmaxCrossEntropy
+from numpy_nn.losses import SoftmaxCrossEntropy, stopping
 from numpy_nn.mlp import ACTIVATIONS, build_mlp
 from numpy_nn.optimizers import Adam
-from shared_utils.cli import UserError, add_seeds, make_parser, non_negative_int, positive_float, positive_int, run_main
+from shared_utils.cli import add_seeds, make_parser, non_negative_int, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
-from shared_utils.plotting import COLORS, DASHES, mean_std, new_figure, save_figure
+from shared_utils.plotting import line_style, mean_std, new_figure, save_figure
 from shared_utils.runs import start_run, write_json
 from shared_utils.stats import mean_std as mean_and_std
 
@@ -47,9 +47,8 @@ def shifted(x: np.ndarray, pixels: int, rng: np.random.Generator) -> np.ndarray:
     return windows[np.arange(n), down, right][:, None]  # (B, 1, H, W)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # the loss refuses what is not finite
 def train(activation: str, seed: int, data: Inputs, args, run) -> dict:
-    """Train one network; returns it with its curves and gradient norms."""
+    """Train one network; returns it with its curves and gradient norms. Errors: `Diverged`."""
     started = time.perf_counter()
     rng = np.random.default_rng([args.seed, seed])  # weights, batches and shifts: the same for every activation
     network = build_mlp(args.hidden, activation, data.x_train[0].size, len(data.classes), args.init, rng)
@@ -60,23 +59,21 @@ def train(activation: str, seed: int, data: Inputs, args, run) -> dict:
     step, recorded, norms, rows = 0, [], [], []
     for epoch in range(1, args.epochs + 1):
         total = 0.0
-        try:
-            for batch in minibatches(len(data.x_train), args.batch_size, rng):
-                rise, fall = min((step + 1) / (WARM_UP * updates), 1), (1 + math.cos(math.pi * step / updates)) / 2
-                optimizer.lr = args.lr * rise * fall
-                x = shifted(data.x_train[batch], args.shift, rng)  # (B, 1, H, W)
+        for batch in minibatches(len(data.x_train), args.batch_size, rng):
+            rise, fall = min((step + 1) / (WARM_UP * updates), 1), (1 + math.cos(math.pi * step / updates)) / 2
+            optimizer.lr = args.lr * rise * fall
+            x = shifted(data.x_train[batch], args.shift, rng)  # (B, 1, H, W)
+            with stopping(step + 1, optimizer.lr, args.lr, name=activation):
                 value = loss.forward(network.forward(x, training=True), data.y_train[batch])
                 network.backward(loss.backward(), need_dx=False)
                 if step % every == 0:
                     recorded.append(step)
                     norms.append([float(np.linalg.norm(layer.grads["W"])) for layer in weighted])
                 optimizer.step()
-                total += float(value) * len(batch)
-                step += 1
+            total += float(value) * len(batch)
+            step += 1
+        with stopping(step, optimizer.lr, args.lr, name=activation):
             val_loss, val_accuracy = evaluate(network, data.x_val, data.y_val)
-        except NotFinite as error:
-            at = f"{activation}, step {step}, lr {optimizer.lr:.3g}"
-            raise UserError(f"{at}: {error}; try --lr {args.lr / 10:g}") from None
         row = {"train_loss": total / len(data.x_train), "val_loss": val_loss, "val_accuracy": val_accuracy}
         run.log(activation=activation, seed=seed, epoch=epoch, **row)
         rows.append(row)
@@ -165,8 +162,7 @@ def draw_norms(found: dict, table: dict, title: str):
     for ax, (activation, runs) in zip(axes[0], found.items(), strict=True):
         norms = np.mean([r["norms"] for r in runs], axis=0)  # (times, layers)
         for layer, values in enumerate(norms.T):
-            style = {"color": COLORS[layer % len(COLORS)], "linestyle": DASHES[layer % len(DASHES)]}
-            ax.plot(runs[0]["steps"], values, label=f"layer {layer + 1}", **style)
+            ax.plot(runs[0]["steps"], values, label=f"layer {layer + 1}", **line_style(layer))
         ratio = table[activation]["first_to_last_gradient"]
         ax.set(xlabel="updates", yscale="log", title=f"{activation}: first / last = {ratio:.2g} (median)")
         ax.legend(ncols=2 if len(norms.T) > 4 else 1, fontsize=8)

@@ -20,13 +20,13 @@ import numpy as np
 
 from numpy_nn.cnn import RECIPES, build_network, random_affine, random_shift
 from numpy_nn.inputs import evaluate, load_inputs, predict_logits
-from numpy_nn.losses import NotFinite, SoftmaxCrossEntropy
+from numpy_nn.losses import SoftmaxCrossEntropy, stopping
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import SGD, Adam, Optimizer, RMSprop
 from shared_utils.checkpoint import load_arrays, save_arrays
-from shared_utils.cli import UserError, make_parser, non_negative_float, positive_float, positive_int, run_main
+from shared_utils.cli import make_parser, non_negative_float, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
-from shared_utils.plotting import COLORS, new_figure, save_figure
+from shared_utils.plotting import line_style, new_figure, save_figure
 from shared_utils.runs import start_run, write_json
 from shared_utils.seeding import seed_everything
 from shared_utils.stats import wilson_interval
@@ -104,8 +104,7 @@ def main(argv=None) -> dict:
     if args.resume and run.path("last.npz").exists():
         found = load_last(run.path("last.npz"), network, optimizer, rng)
         first, best, seconds = int(found["epoch"]) + 1, float(found["best"]), float(found["seconds"])
-    if args.resume:
-        run.rewind(first - 1)
+    run.rewind(first - 1)
 
     n = len(data.x_train)
     per_epoch = -(-n // args.batch_size)
@@ -116,22 +115,16 @@ def main(argv=None) -> dict:
             optimizer.lr = learning_rate(step, epochs * per_epoch, lr)
             x, y = data.x_train[batch], data.y_train[batch]  # (B, 1, 28, 28), (B,)
             x = random_affine(x, rng) if args.recipe == "strong" else random_shift(x, rng)
-            try:
-                with np.errstate(over="ignore", invalid="ignore"):  # the loss says it, in one line
-                    logits = network.forward(x, training=True)  # (B, K)
-                    value = loss.forward(logits, y)
-                    network.backward(loss.backward(), need_dx=False)
-                    optimizer.step()
-            except NotFinite as error:
-                raise UserError(f"update {step}, learning rate {optimizer.lr:.3g}: {error}; try a lower --lr") from None
+            with stopping(step + 1, optimizer.lr, lr):
+                logits = network.forward(x, training=True)  # (B, K)
+                value = loss.forward(logits, y)
+                network.backward(loss.backward(), need_dx=False)
+                optimizer.step()
             total += float(value) * len(batch)
             wrong += int((logits.argmax(1) != y).sum())
         seconds += time.perf_counter() - started
-        try:
-            with np.errstate(over="ignore", invalid="ignore"):
-                val_loss, val_accuracy = evaluate(network, data.x_val, data.y_val)
-        except NotFinite as error:
-            raise UserError(f"after epoch {epoch}: {error}; try a lower --lr") from None
+        with stopping(epoch * per_epoch, optimizer.lr, lr):
+            val_loss, val_accuracy = evaluate(network, data.x_val, data.y_val)
         run.log(
             epoch=epoch,
             train_loss=total / n,
@@ -171,7 +164,7 @@ def draw(history: list[dict], title: str, recipe: str, accuracy: float):
     figure, axes = new_figure(1, 2, width=10, height=4)
     epochs = [int(row["epoch"]) for row in history]
     for index, part in enumerate(("train", "val")):
-        style = {"color": COLORS[index], "linestyle": ("-", "--")[index], "marker": "o", "markersize": 4}
+        style = {**line_style(index), "marker": "o", "markersize": 4}
         name = ("training (as it goes, with dropout)", "validation")[index]
         axes[0, 0].plot(epochs, [float(row[f"{part}_loss"]) for row in history], label=name, **style)
         axes[0, 1].plot(epochs, [100 * (1 - float(row[f"{part}_accuracy"])) for row in history], label=name, **style)

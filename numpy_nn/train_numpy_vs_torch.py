@@ -19,10 +19,10 @@ import torch
 
 from numpy_nn.embedding import batch_order, embedding_network, stepper
 from numpy_nn.inputs import Inputs, evaluate, load_inputs
-from numpy_nn.losses import NotFinite
+from numpy_nn.losses import NotFinite, stopping
 from numpy_nn.twin import torch_twin
-from shared_utils.cli import UserError, make_parser, positive_float, positive_int, run_main
-from shared_utils.plotting import COLORS, DASHES, new_figure, save_figure
+from shared_utils.cli import make_parser, positive_float, positive_int, run_main
+from shared_utils.plotting import COLORS, line_style, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 
@@ -80,9 +80,8 @@ def train_both(data: Inputs, args, run) -> tuple[dict, dict, dict]:
     for start in range(0, args.updates, args.every):
         for name, step in steppers.items():  # in turns, so that a busy machine slows both
             began = time.perf_counter()
-            done = [
-                finite(step, start + i, args.lr, batch) for i, batch in enumerate(order[start : start + args.every])
-            ]
+            batches = enumerate(order[start : start + args.every], start + 1)
+            done = [finite(step, update, args.lr, batch) for update, batch in batches]
             seconds[name] += time.perf_counter() - began
             history = histories[name]
             history["loss"] += [loss for loss, _ in done]
@@ -97,15 +96,12 @@ def train_both(data: Inputs, args, run) -> tuple[dict, dict, dict]:
     return {"numpy": ours, "torch": theirs}, histories, seconds
 
 
-def finite(call: Callable, number: int, lr: float, *inputs) -> tuple[float, float]:
-    """What an update or an evaluation gives, (loss, share); a loss that is not finite stops the run with what to do."""
-    try:
-        with np.errstate(over="ignore", invalid="ignore"):
-            loss, share = call(*inputs)
-    except NotFinite as trouble:
-        raise UserError(f"update {number}, learning rate {lr:g}: {trouble}; try a lower --lr") from None
-    if not np.isfinite(loss):
-        raise UserError(f"update {number}, learning rate {lr:g}: the loss is not finite; try a lower --lr")
+def finite(call: Callable, update: int, lr: float, *inputs) -> tuple[float, float]:
+    """What an update, or an evaluation after it, gives: (loss, share). Errors: `Diverged`, of PyTorch's loss too."""
+    with stopping(update, lr, lr):
+        loss, share = call(*inputs)
+        if not np.isfinite(loss):
+            raise NotFinite("the loss is not finite")
     return loss, share
 
 
@@ -115,7 +111,7 @@ def divergence(data: Inputs, args, dtype, updates: int) -> np.ndarray:
     ours = embedding_network(np.random.default_rng(args.seed), len(data.classes), dtype)
     steps = (stepper(ours, x, data.y_train, args.lr), torch_stepper(torch_twin(ours), x, data.y_train, args.lr))
     order = batch_order(len(x), updates, args.batch_size, args.seed)
-    losses = [[finite(step, number, args.lr, batch)[0] for step in steps] for number, batch in enumerate(order)]
+    losses = [[finite(step, update, args.lr, batch)[0] for step in steps] for update, batch in enumerate(order, 1)]
     return np.abs(np.diff(losses)[:, 0])
 
 
@@ -163,7 +159,7 @@ def draw_training(histories: dict, part: str, label: str, title: str):
         window = min(50, len(values))
         means = np.convolve(values, np.full(window, 1 / window), mode="valid")
         updates = np.arange(window, len(values) + 1)
-        axes[0, 0].plot(updates, means, DASHES[index], color=COLORS[index], label=shown, linewidth=2.5 - 1.2 * index)
+        axes[0, 0].plot(updates, means, label=shown, linewidth=2.5 - 1.2 * index, **line_style(index))
     axes[0, 0].set(xlabel="update", ylabel=f"{label}, mean over {window} batches", yscale="log")
     axes[0, 0].legend()
     return figure
@@ -174,7 +170,7 @@ def draw_validation(histories: dict, part: str, label: str, title: str):
     figure, axes = new_figure(width=7.5, title=title)
     for index, (name, shown) in enumerate(NAMES.items()):
         x, y = histories[name]["at"], histories[name][f"val_{part}"]
-        axes[0, 0].plot(x, y, DASHES[index], color=COLORS[index], label=shown, linewidth=3 - 1.6 * index)
+        axes[0, 0].plot(x, y, label=shown, linewidth=3 - 1.6 * index, **line_style(index))
     axes[0, 0].set(xlabel="update", ylabel=f"validation {label}", yscale="log")
     axes[0, 0].legend()
     return figure

@@ -20,7 +20,7 @@ class ChannelsLast(torch.nn.Module):
 def torch_twin(network: Sequential) -> torch.nn.Sequential:
     """The same network in PyTorch, with copies of the same weights."""
     embedding, _, _, linear = network.layers
-    dtype = torch.float64 if embedding.dtype == np.float64 else torch.float32
+    dtype = torch.float64 if embedding.params["W"].dtype == np.float64 else torch.float32
     twin = torch.nn.Sequential(
         torch.nn.Conv2d(1, DIM, PATCH, stride=PATCH),
         torch.nn.ReLU(),

@@ -22,10 +22,10 @@ import numpy as np
 
 from numpy_nn.activations import ReLU, Tanh
 from numpy_nn.layers import Linear
-from numpy_nn.losses import MSE, NotFinite
+from numpy_nn.losses import MSE, NotFinite, stopping
 from numpy_nn.network import Sequential
 from numpy_nn.optimizers import Adam
-from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
+from shared_utils.cli import add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.plotting import COLORS, mean_std, new_figure, save_figure
 from shared_utils.runs import start_run
@@ -69,21 +69,25 @@ def build_network(width: int, activation: str, rng: np.random.Generator) -> Sequ
     return Sequential(hidden, ACTIVATIONS[activation](), last)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # the loss refuses what is not finite
-def train(network: Sequential, x: np.ndarray, y: np.ndarray, args, rng: np.random.Generator) -> None:
-    """Fit `network` to the points x, y, (N, 1) each. Errors: `UserError` when the loss does not stay finite."""
+def train(network: Sequential, x: np.ndarray, y: np.ndarray, x_test: np.ndarray, name: str, args, rng) -> np.ndarray:
+    """Fit `network`, called `name`, to the points x, y, (N, 1) each; returns its prediction at x_test, of that shape.
+
+    Errors: `Diverged` when loss or prediction are not finite.
+    """
     loss, optimizer = MSE(), Adam(network.layers, args.lr)
     total = args.epochs * math.ceil(len(x) / args.batch_size)
     for _ in range(args.epochs):
         for at in minibatches(len(x), args.batch_size, rng):
             optimizer.lr = max(args.lr * (1 + math.cos(math.pi * optimizer.t / total)) / 2, 1e-12)
-            try:
+            with stopping(optimizer.t + 1, optimizer.lr, args.lr, name=name):
                 loss.forward(network.forward(x[at], training=True), y[at])
-            except NotFinite as error:
-                where = f"update {optimizer.t + 1}, learning rate {optimizer.lr:.3g}"
-                raise UserError(f"{where}: {error}; try --lr {args.lr / 10:g}") from None
-            network.backward(loss.backward(), need_dx=False)
-            optimizer.step()
+                network.backward(loss.backward(), need_dx=False)
+                optimizer.step()
+    with stopping(optimizer.t, optimizer.lr, args.lr, name=name):
+        prediction = network.forward(x_test)
+        if not np.isfinite(prediction).all():
+            raise NotFinite("the outputs are not finite")
+    return prediction
 
 
 def least_squares(network: Sequential, x: np.ndarray, y: np.ndarray, x_test: np.ndarray) -> np.ndarray:
@@ -121,11 +125,8 @@ def main(argv=None) -> dict:
             for s, seed in enumerate(seeds):
                 rng = np.random.default_rng([args.seed, seed])
                 network = build_network(width, args.activation, rng)
-                train(network, x, y.astype(np.float32), args, rng)
-                with np.errstate(over="ignore", invalid="ignore"):
-                    prediction = network.forward(x_test)  # (TEST_POINTS, 1)
-                if not np.isfinite(prediction).all():
-                    raise UserError(f"{target}, width {width}: the outputs are not finite; try --lr {args.lr / 10:g}")
+                name = f"{target}, width {width}"
+                prediction = train(network, x, y.astype(np.float32), x_test, name, args, rng)  # (TEST_POINTS, 1)
                 errors[target, "adam"][s, w] = rmse(prediction, truth)
                 errors[target, "lstsq"][s, w] = rmse(least_squares(network, x, y, x_test), truth)
                 largest.append(float(np.abs(prediction - truth).max()))
@@ -136,7 +137,6 @@ def main(argv=None) -> dict:
             row |= {"rmse_least_squares": float(errors[target, "lstsq"][:, w].mean())}
             rows.append({**row, "largest_error": float(np.mean(largest))})
             run.log(**rows[-1])
-    spreads = {target: float(np.std(f(x_test))) for target, f in TARGETS.items()}
     save_figure(draw_errors(errors, widths, args), run.path("approximation_error.png"))
     save_figure(draw_fits(fitted, errors, widths, x_test[:, 0]), run.path("fitted_functions.png"))
     slopes = {target: slope(errors[target, "adam"], widths) for target in TARGETS}
@@ -145,7 +145,6 @@ def main(argv=None) -> dict:
             "activation": args.activation,
             "widths": widths,
             "seeds": seeds,
-            "standard_deviation_of_target": spreads,
             "slope": slopes,
             "widest": {row["target"]: row for row in rows if row["width"] == widths[-1]},
             "rows": rows,

@@ -9,7 +9,8 @@ from autoencoder import train_mlp
 from autoencoder.layers import Linear
 from autoencoder.models import Autoencoder, Classifier, Regressor
 from autoencoder.optimizers import SGD, AdamW
-from autoencoder.train_mlp import VARIANTS, Problem, chirp, effect, noisy_chirp, said, signal_through_depth, spirals
+from autoencoder.problems import NOISE, Problem, chirp, noisy_chirp, spirals
+from autoencoder.train_mlp import VARIANTS, effect, said, signal_through_depth
 from shared_utils.device import autocast
 
 
@@ -108,7 +109,7 @@ def test_spirals_are_balanced_repeatable_and_curved():
 
 def test_the_sine_s_noise_and_standardisation():
     x, y = noisy_chirp(50_000, np.random.default_rng(0))
-    assert (y - chirp(x)).std() == pytest.approx(train_mlp.NOISE, rel=0.02)
+    assert (y - chirp(x)).std() == pytest.approx(NOISE, rel=0.02)
     found = problem(noisy_chirp)
     assert abs(found.y["train"].mean().item()) < 1e-6
     assert found.y["train"].std(correction=0).item() == pytest.approx(1, abs=1e-5)
@@ -173,15 +174,17 @@ def test_the_rate_is_chosen_on_validation(monkeypatch):
         return f"network at {lr}", {"val_score": scores, "val_loss": 10 * scores}
 
     monkeypatch.setattr(train_mlp, "train", train)
-    args = arguments("--lr", "0.1", "0.4", "0.2", "0.3")
+    args = arguments("--lr", "0.1", "0.4", "0.2", "0.3", "--epochs", "2")
     for draw, best, early in ((noisy_chirp, 0.2, 0.1), (spirals, 0.1, 0.3)):  # a small error, a large accuracy
-        networks, curves, scores = train_mlp.fit_variant(problem(draw), "BatchNorm, He", [0, 1], 1, args)
-        assert (curves["lr"], curves["early_lr"]) == (best, early)
-        assert curves["val_score"][:, -1].tolist() == [last[best], last[best] + 1]
-        assert curves["early_val_score"].tolist() == [soon[early], soon[early] + 1]
-        assert curves["early_val_loss"].tolist() == [10 * soon[early], 10 * soon[early] + 10]
-        assert networks == [f"network at {best}"] * 2
-        assert scores == {"0.1": 5.5, "0.4": None, "0.2": 2.5, "0.3": 3.5}
+        found = train_mlp.fit_variant(problem(draw), "BatchNorm, He", [0, 1], 1, args)
+        assert found.lr == best
+        assert found.curves["val_score"][:, -1].tolist() == [last[best], last[best] + 1]
+        assert list(found.at) == [1, 2]
+        for epoch, score in ((1, soon[early]), (2, last[best])):
+            assert found.at[epoch]["val_score"].tolist() == [score, score + 1]
+            assert found.at[epoch]["val_loss"].tolist() == [10 * score, 10 * score + 10]
+        assert found.networks == [f"network at {best}"] * 2
+        assert found.score_by_lr == {"0.1": 5.5, "0.4": None, "0.2": 2.5, "0.3": 3.5}
     with pytest.raises(train_mlp.UserError, match=r"no rate of --lr works: diverged"):
         train_mlp.fit_variant(problem(spirals), "BatchNorm, He", [0], 1, arguments("--lr", "0.4"))
 

@@ -48,16 +48,16 @@ LAYERS = {
     "Linear": (lambda: Linear(5, 3, rng=rng(), dtype=np.float64), (4, 5)),
     "Linear, batch 1": (lambda: Linear(2, 7, rng=rng(), dtype=np.float64), (1, 2)),
     "PatchEmbedding": (lambda: PatchEmbedding(2, 3, rng=rng(), dtype=np.float64), (3, 1, 6, 4)),
-    "Flatten": (lambda: Flatten(np.float64), (2, 3, 2, 2)),
-    "ReLU": (lambda: ReLU(np.float64), (3, 4)),
-    "Sigmoid": (lambda: Sigmoid(np.float64), (3, 4)),
-    "Tanh": (lambda: Tanh(np.float64), (3, 4)),
+    "Flatten": (Flatten, (2, 3, 2, 2)),
+    "ReLU": (ReLU, (3, 4)),
+    "Sigmoid": (Sigmoid, (3, 4)),
+    "Tanh": (Tanh, (3, 4)),
     "BatchNorm1d": (lambda: BatchNorm1d(4, dtype=np.float64), (6, 4)),
     "BatchNorm2d": (lambda: BatchNorm2d(3, dtype=np.float64), (2, 3, 3, 4)),
-    "MaxPool2d overlapping": (lambda: MaxPool2d(3, 2, np.float64), (2, 2, 7, 8)),
-    "MaxPool2d": (lambda: MaxPool2d(2, dtype=np.float64), (1, 2, 6, 5)),
-    "AvgPool2d": (lambda: AvgPool2d(3, dtype=np.float64), (1, 2, 6, 7)),
-    "AvgPool2d overlapping": (lambda: AvgPool2d(3, 1, np.float64), (2, 2, 5, 4)),
+    "MaxPool2d overlapping": (lambda: MaxPool2d(3, 2), (2, 2, 7, 8)),
+    "MaxPool2d": (lambda: MaxPool2d(2), (1, 2, 6, 5)),
+    "AvgPool2d": (lambda: AvgPool2d(3), (1, 2, 6, 7)),
+    "AvgPool2d overlapping": (lambda: AvgPool2d(3, 1), (2, 2, 5, 4)),
 }
 
 
@@ -116,8 +116,8 @@ def test_convolution_by_finite_differences(k, s, p, n):
 @pytest.mark.parametrize("size", [(6, 6), (7, 9)])
 def test_pooling_equals_autograd_also_at_ties(k, s, size):
     x = rng(1).integers(0, 3, (2, 3, *size)).astype(np.float64)  # three values: most windows have a tie
-    compare_with_autograd(MaxPool2d(k, s, np.float64), x, lambda t: F.max_pool2d(t["x"], k, s))
-    compare_with_autograd(AvgPool2d(k, s, np.float64), x, lambda t: F.avg_pool2d(t["x"], k, s))
+    compare_with_autograd(MaxPool2d(k, s), x, lambda t: F.max_pool2d(t["x"], k, s))
+    compare_with_autograd(AvgPool2d(k, s), x, lambda t: F.avg_pool2d(t["x"], k, s))
 
 
 def test_linear_equals_autograd():
@@ -159,7 +159,7 @@ def test_batch_norm_equals_pytorch_with_its_running_statistics(kind, shape, trai
 
 @pytest.mark.parametrize(("kind", "function"), [(ReLU, torch.relu), (Sigmoid, torch.sigmoid), (Tanh, torch.tanh)])
 def test_activations_equal_autograd(kind, function):
-    compare_with_autograd(kind(np.float64), off_kinks((4, 5)) * 10, lambda t: function(t["x"]))
+    compare_with_autograd(kind(), off_kinks((4, 5)) * 10, lambda t: function(t["x"]))
 
 
 def test_sigmoid_overflows_nowhere():
@@ -213,11 +213,11 @@ def small_cnn(dtype=np.float64):
     return Sequential(
         Conv2d(1, 3, 3, padding=1, rng=g, dtype=dtype),
         BatchNorm2d(3, dtype=dtype),
-        ReLU(dtype),
-        MaxPool2d(2, dtype=dtype),
+        ReLU(),
+        MaxPool2d(2),
         Conv2d(3, 4, 3, stride=2, rng=g, dtype=dtype),
-        Tanh(dtype),
-        Flatten(dtype),
+        Tanh(),
+        Flatten(),
         Linear(16, 3, rng=g, dtype=dtype),
     )
 

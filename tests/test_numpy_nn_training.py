@@ -13,12 +13,12 @@ from numpy_nn import (
 )
 from numpy_nn.cnn import build_network, random_affine
 from numpy_nn.embedding import batch_order, embedding_network, stepper
-from numpy_nn.losses import SoftmaxCrossEntropy
+from numpy_nn.losses import NotFinite, SoftmaxCrossEntropy, stopping
 from numpy_nn.train_numpy_vs_torch import torch_stepper
 from numpy_nn.twin import torch_twin
 from shared_utils.checkpoint import load_arrays
 from shared_utils.cli import UserError, run_main
-from shared_utils.runs import ROOT, Run
+from shared_utils.runs import ROOT, Diverged, Run
 
 REAL = ROOT / "data"
 needs_mnist = pytest.mark.skipif(not (REAL / "MNIST/raw").is_dir(), reason="data/ holds no MNIST")
@@ -52,6 +52,17 @@ def test_random_affine_moves_each_image_by_its_own_map_and_keeps_its_range():
     assert len({image.tobytes() for image in same}) == 50
     flat = np.full((3, 1, 28, 28), 0.25, dtype=np.float32)
     np.testing.assert_allclose(random_affine(flat, rng(3)), flat, rtol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_is_said_in_one_line_and_a_bug_is_not():
+    line = r"^update 3, learning rate 0\.0333: no number; try --lr 0\.01$"
+    with pytest.raises(Diverged, match=line), stopping(3, 1 / 30, 0.1):
+        raise NotFinite("no number")
+    with pytest.raises(Diverged, match=r"^max: update 1, .*; try --lrs 2$"), stopping(1, 20.0, 20.0, "--lrs", "max"):
+        raise NotFinite("no number")
+    with pytest.raises(ValueError, match="aligned") as raised, stopping(1, 0.1, 0.1):
+        raise ValueError("not aligned")
+    assert not isinstance(raised.value, UserError)
 
 
 class Still:
@@ -125,11 +136,11 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_weights(tmp_path,
     [
         (train_mnist_numpy, ["--lr", "0"], "finite number above 0"),
         (train_mnist_numpy, ["--recipe", "weak"], "invalid choice"),
-        (train_mnist_numpy, ["--lr", "1e9", "--epochs", "1"], "not finite"),
+        (train_mnist_numpy, ["--lr", "1e9", "--epochs", "1"], "rate that is too high; try --lr 1e+08"),
         (train_numpy_vs_torch, ["--updates", "0"], "whole number, 1 or more"),
-        (train_numpy_vs_torch, ["--lr", "1e9"], "try a lower --lr"),
+        (train_numpy_vs_torch, ["--lr", "1e9"], "try --lr 1e+08"),
         (train_numpy_vs_torch, ["--lr", "1e45", "--updates", "1"], "update 1, learning rate 1e+45"),
-        (train_numpy_vs_torch, ["--lr", "1e6", "--updates", "1", "--parity-updates", "60"], "try a lower --lr"),
+        (train_numpy_vs_torch, ["--lr", "1e6", "--updates", "1", "--parity-updates", "60"], "try --lr 100000"),
         (failure_modes, ["--dataset", "shapes"], "needs 1×28×28"),
     ],
 )
