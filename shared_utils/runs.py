@@ -82,13 +82,6 @@ def _to_plain(value):
     raise TypeError(f"{type(value).__name__} has no place in a JSON file")
 
 
-def run_folder(args: argparse.Namespace, script: str | None = None) -> Path:
-    """The folder of this script's run, or of another script's of the same experiment (`--out` is this run's alone)."""
-    if script is None and args.out:
-        return Path(args.out)
-    return Path(args.runs_dir) / args.experiment / (script or args.script)
-
-
 def find_output(
     args: argparse.Namespace, script: str, filename: str, experiment: str | None = None, made_by: str | None = None
 ) -> Path:
@@ -215,7 +208,7 @@ def start_run(args: argparse.Namespace, *, writes: bool = True) -> Run:
     `writes=False` (ranks above 0) touches nothing.
     Errors: `UserError` when the folder cannot be written, another run is writing to it, or a resumed flag differs.
     """
-    folder = run_folder(args)
+    folder = Path(args.out) if args.out else Path(args.runs_dir) / args.experiment / args.script
     if not writes:
         return Run(args, folder, None, writes)
     flags = {key: value for key, value in vars(args).items() if key not in _NOT_FLAGS}

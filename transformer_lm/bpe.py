@@ -26,7 +26,7 @@ SMALLEST = 256 + len(SPECIAL)
 class BPE:
     """Text ↔ token ids. `trained` makes one, `read` reads tokenizer.json."""
 
-    kind, pad, start = "bpe", 0, 2  # [PAD], and [CLS] before a text
+    kind, start = "bpe", 2  # [CLS] before a text
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer

@@ -4,9 +4,9 @@
     ids = tokens.encode("Größe")                      # int64 (T,)
     tokens.decode(ids)                                # "Größe"
 
-All of them have `kind`, `vocab_size`, `pad`, `start` (what stands before a text), `normalize`, `encode`, `decode`,
-`name`, `save`. Bytes lose nothing. Bits per byte compare models of the same text; byte pairs' text is in lower case
-and without accents, which makes it easier; `--vocab-size 261` gives that text's bytes.
+All of them have `kind`, `vocab_size`, `start` (what stands before a text), `normalize`, `encode`, `decode`, `name`,
+`save`; 0 is padding. Bytes lose nothing. Bits per byte compare models of the same text; byte pairs' text is in lower
+case and without accents, which makes it easier; `--vocab-size 261` gives that text's bytes.
 """
 
 import json
@@ -25,7 +25,7 @@ KINDS = ("bpe", "byte", "char")
 class Bytes:
     """A token is a byte of the text's UTF-8, and 0 is padding: byte b has the id b + 1."""
 
-    kind, vocab_size, pad, start = "byte", 257, 0, 0
+    kind, vocab_size, start = "byte", 257, 0
 
     def normalize(self, text: str) -> str:
         """The text itself: nothing is lost."""
@@ -51,7 +51,7 @@ class Bytes:
 class Characters:
     """A token is a character of the training text: 0 is padding, 1 any other character."""
 
-    kind, pad, start, unknown = "char", 0, 0, 1
+    kind, start, unknown = "char", 0, 1
 
     def __init__(self, alphabet: Sequence[str]):
         self.alphabet = sorted(alphabet)
