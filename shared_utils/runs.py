@@ -49,11 +49,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
             beside.unlink()
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically. Errors: as `replacing`."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | Path, value: dict) -> None:
     """Write `value` (NumPy numbers and arrays are converted; NaN is refused with `ValueError`) atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_to_plain)
-    with replacing(path) as beside:
-        beside.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_to_plain) + "\n")
 
 
 def write_csv(path: str | Path, rows: list[dict]) -> None:

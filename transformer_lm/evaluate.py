@@ -29,7 +29,7 @@ import torch
 from shared_utils.cli import UserError, add_amp, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
-from shared_utils.runs import find_output, replacing, start_run
+from shared_utils.runs import find_output, start_run, write_text
 from shared_utils.seeding import seed_everything
 from transformer_lm.baselines import COMPRESSORS, compressed_bits_per_byte, longest_copy, share_known, words_of
 from transformer_lm.batches import losses_of_text, sliding_losses
@@ -94,8 +94,7 @@ def main(argv=None) -> dict:
     words = [words_of(each)[:-1] for each in drawn]  # the last may be cut
     training_words = words_of(tokens.decode(train.ids))
     copy = max((longest_copy(each, training_words) for each in words), key=len)
-    with replacing(run.path("generated.txt")) as beside:
-        beside.write_text("\n\n---\n\n".join(drawn) + "\n", encoding="utf-8")
+    write_text(run.path("generated.txt"), "\n\n---\n\n".join(drawn) + "\n")
     bits = {row["way"]: row["bits_per_byte"] for row in rows}
     measured = {"val": "validation"}.get(args.part, args.part)
     about = f"{corpus.name}, {measured} text of {part.total('bytes'):,} bytes"

@@ -28,7 +28,7 @@ from shared_utils.cli import (
     utf8_text,
 )
 from shared_utils.device import pick_device
-from shared_utils.runs import replacing, start_run
+from shared_utils.runs import start_run, write_text
 from shared_utils.seeding import seed_everything
 from transformer_lm.checkpoints import find_checkpoint, load_model
 from transformer_lm.model import TransformerLM
@@ -75,8 +75,7 @@ def main(argv=None) -> dict:
             drawn += args.max_new_tokens
             print(f"{text}\n", flush=True)
     seconds = time.perf_counter() - started
-    with replacing(run.path("generated.txt")) as beside:
-        beside.write_text("\n\n---\n\n".join(texts) + "\n", encoding="utf-8")
+    write_text(run.path("generated.txt"), "\n\n---\n\n".join(texts) + "\n")
     return run.finish(
         {
             "name": state["name"],

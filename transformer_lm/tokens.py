@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from shared_utils.cli import UserError
-from shared_utils.runs import replacing
+from shared_utils.runs import write_text
 from transformer_lm.bpe import BPE
 
 KINDS = ("bpe", "byte", "char")
@@ -45,7 +45,7 @@ class Bytes:
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json."""
-        _write(path, {"kind": self.kind})
+        write_text(path, json.dumps({"kind": self.kind}))
 
 
 class Characters:
@@ -80,7 +80,7 @@ class Characters:
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json."""
-        _write(path, {"kind": self.kind, "alphabet": "".join(self.alphabet)})
+        write_text(path, json.dumps({"kind": self.kind, "alphabet": "".join(self.alphabet)}))
 
 
 Tokens = BPE | Bytes | Characters
@@ -105,8 +105,3 @@ def load_tokens(path: str | Path) -> Tokens:
         raise UserError(f"no tokenizer at {path}") from None
     except (ValueError, KeyError, TypeError) as error:  # a UserError is a ValueError
         raise UserError(f"{path} is damaged or no tokenizer of ours ({error})") from None
-
-
-def _write(path: str | Path, content: dict) -> None:
-    with replacing(path) as beside:
-        Path(beside).write_text(json.dumps(content), encoding="utf-8")

@@ -47,7 +47,7 @@ from shared_utils.device import autocast
 from shared_utils.distributed import process_group, shard, total, wrap
 from shared_utils.muon import Muon
 from shared_utils.plotting import curves, new_figure, save_figure
-from shared_utils.runs import Run, check_finite, find_output, replacing, start_run
+from shared_utils.runs import Run, check_finite, find_output, start_run, write_text
 from shared_utils.seeding import derived_seed, seed_everything
 from transformer_lm.batches import Text, losses_of_text, total_loss
 from transformer_lm.corpus import Corpus, load
@@ -225,9 +225,8 @@ def finish(
     device = next(model.parameters()).device
     model.load_state_dict(checkpoint.load(run.path("best.pth"), device=device)["model"])
     torch.manual_seed(args.seed)
-    with replacing(run.path("samples.txt")) as beside:
-        texts = [sample(model, corpus, args).encode("utf-8", "replace").decode() for _ in range(3)]
-        beside.write_text("\n\n---\n\n".join(texts) + "\n", encoding="utf-8")
+    texts = [sample(model, corpus, args).encode("utf-8", "replace").decode() for _ in range(3)]
+    write_text(run.path("samples.txt"), "\n\n---\n\n".join(texts) + "\n")
     rows = run.numbers()
     val = corpus.parts["val"]
     size = sum(p.numel() for p in model.parameters())
