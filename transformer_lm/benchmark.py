@@ -21,7 +21,6 @@ Shapes: B sequences, T positions, V tokens of the vocabulary.
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,9 +29,10 @@ from torch import Tensor, nn
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.device import autocast, pick_device
 from shared_utils.plotting import COLORS, curves, new_figure, save_figure
-from shared_utils.runs import find_output, start_run
+from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 from transformer_lm.batches import Batch, Text, total_loss
+from transformer_lm.checkpoints import find_data
 from transformer_lm.corpus import load
 from transformer_lm.model import Cache, TransformerLM, sinusoidal_positions
 
@@ -82,8 +82,7 @@ def main(argv=None) -> dict:
     """Measure; returns the metrics."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    folder = Path(args.data) if args.data else find_output(args, "prepare_data", "meta.json").parent
-    corpus = load(folder)
+    corpus = load(find_data(args))
     part, tokens = corpus.parts["train"], corpus.tokens
     if len(part.ids) < args.context:
         raise UserError(f"{corpus.name} has {len(part.ids)} tokens to train on, fewer than --context {args.context}")

@@ -1,4 +1,4 @@
-"""A trained model as files: best.pth, and beside it the tokenizer.json that it was trained with."""
+"""Where a trained model and its data are: best.pth, beside it its tokenizer.json; the folder of prepare_data.py."""
 
 import argparse
 from pathlib import Path
@@ -15,6 +15,11 @@ from transformer_lm.tokens import Tokens, load_tokens
 def find_checkpoint(args: argparse.Namespace) -> Path:
     """`--ckpt`, or train.py's best weights. Errors: `UserError` with the command that makes them."""
     return Path(args.ckpt) if args.ckpt else find_output(args, "train", "best.pth")
+
+
+def find_data(args: argparse.Namespace) -> Path:
+    """The folder in `--data`, or prepare_data.py's. Errors: `UserError` with the command that makes it."""
+    return Path(args.data) if args.data else find_output(args, "prepare_data", "meta.json").parent
 
 
 def load_model(path: str | Path, device: torch.device) -> tuple[TransformerLM, Tokens, dict]:

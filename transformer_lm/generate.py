@@ -28,10 +28,11 @@ from shared_utils.cli import (
     utf8_text,
 )
 from shared_utils.device import pick_device
-from shared_utils.runs import start_run, write_text
+from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 from transformer_lm.checkpoints import find_checkpoint, load_model
 from transformer_lm.model import TransformerLM
+from transformer_lm.texts import printable, write_texts
 from transformer_lm.tokens import Tokens
 
 PROMPTS = ("The Eiffel Tower is in Paris", "Sherlock Holmes looked at the", "To be or not to")
@@ -75,7 +76,7 @@ def main(argv=None) -> dict:
             drawn += args.max_new_tokens
             print(f"{text}\n", flush=True)
     seconds = time.perf_counter() - started
-    write_text(run.path("generated.txt"), "\n\n---\n\n".join(texts) + "\n")
+    write_texts(run.path("generated.txt"), texts)
     return run.finish(
         {
             "name": state["name"],
@@ -96,8 +97,7 @@ def answers(model: TransformerLM, tokens: Tokens, prompt: str, args: argparse.Na
     start = torch.tensor([[tokens.start, *ids]] * args.n, device=next(model.parameters()).device)  # (n, T)
     cached = {"use_cache": not args.no_cache}
     found = model.generate(start, args.max_new_tokens, args.temperature, args.top_k, args.top_p, **cached)
-    texts = (tokens.decode(row[1:].tolist()) for row in found)
-    return [text.encode("utf-8", "replace").decode() for text in texts]  # bytes that are no UTF-8 become "?"
+    return [printable(tokens.decode(row[1:].tolist())) for row in found]
 
 
 def converse(model: TransformerLM, tokens: Tokens, args: argparse.Namespace) -> None:

@@ -25,7 +25,6 @@ Shapes: B sequences, T positions, V tokens.
 import argparse
 import math
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -47,11 +46,13 @@ from shared_utils.device import autocast
 from shared_utils.distributed import process_group, shard, total, wrap
 from shared_utils.muon import Muon
 from shared_utils.plotting import curves, new_figure, save_figure
-from shared_utils.runs import Run, check_finite, find_output, start_run, write_text
+from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.seeding import derived_seed, seed_everything
 from transformer_lm.batches import Text, losses_of_text, total_loss
+from transformer_lm.checkpoints import find_data
 from transformer_lm.corpus import Corpus, load
 from transformer_lm.model import ATTENTION, TransformerLM
+from transformer_lm.texts import printable, write_texts
 
 SIZES = ("d_model", "n_heads", "head_dim", "n_layers", "d_ff", "context", "dropout", "attention", "tied", "modern")
 
@@ -94,8 +95,7 @@ def build_parser():
 def main(argv=None) -> dict:
     """Train, choose on validation; returns the metrics."""
     args = build_parser().parse_args(argv)
-    folder = Path(args.data) if args.data else find_output(args, "prepare_data", "meta.json").parent
-    corpus = load(folder)
+    corpus = load(find_data(args))
     with process_group(args.device) as world:
         return train(args, corpus, world)
 
@@ -225,8 +225,7 @@ def finish(
     device = next(model.parameters()).device
     model.load_state_dict(checkpoint.load(run.path("best.pth"), device=device)["model"])
     torch.manual_seed(args.seed)
-    texts = [sample(model, corpus, args).encode("utf-8", "replace").decode() for _ in range(3)]
-    write_text(run.path("samples.txt"), "\n\n---\n\n".join(texts) + "\n")
+    write_texts(run.path("samples.txt"), [printable(sample(model, corpus, args)) for _ in range(3)])
     rows = run.numbers()
     val = corpus.parts["val"]
     size = sum(p.numel() for p in model.parameters())
