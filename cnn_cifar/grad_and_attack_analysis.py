@@ -36,7 +36,7 @@ from cnn_cifar.attack_measures import (
     survivors,
 )
 from cnn_cifar.attacks import ascent, fgsm, input_gradient, iterative_fgsm, pgd
-from cnn_cifar.checkpoints import find_checkpoint, load_network, load_test
+from cnn_cifar.checkpoints import add_ckpt_flag, find_checkpoint, load_network, load_test
 from cnn_cifar.inputs import Split, pixels, share
 from shared_utils.cli import make_parser, positive_float, positive_int, run_main
 from shared_utils.device import pick_device
@@ -53,9 +53,7 @@ SHOWN = 8  # images in the pictures of gradients
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset="cifar10", quick={"images": 8, "test_images": 20, "restarts": 2})
-    parser.add_argument(
-        "--ckpt", metavar="FILE", help="a trained network (default: allcnn.py's, or else fast_cifar.py's)"
-    )
+    add_ckpt_flag(parser)
     parser.add_argument("--eps", type=positive_float, default=8.0, help="largest change of a pixel, in units of 1/255")
     parser.add_argument("--alpha", type=positive_float, help="the iterative attack's step, of 255 (default: ε / 5)")
     parser.add_argument("--steps", type=positive_int, default=5, help="steps of the iterative attack")
@@ -75,7 +73,7 @@ def main(argv=None) -> dict:
     """Attack, measure, draw; returns the metrics."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    path = args.ckpt or find_checkpoint(args)
+    path = find_checkpoint(args)
     model, state = load_network(path, device)
     model = model.to(memory_format=torch.channels_last)
     test = load_test(args, path, state)

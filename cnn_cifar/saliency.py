@@ -38,7 +38,7 @@ from cnn_cifar.attributions import (
     randomized,
     rank_correlation,
 )
-from cnn_cifar.checkpoints import find_checkpoint, load_network, load_test
+from cnn_cifar.checkpoints import add_ckpt_flag, find_checkpoint, load_network, load_test
 from cnn_cifar.fast_net import FastNet
 from cnn_cifar.inputs import logits_of, pixels
 from cnn_cifar.models import AllCNN
@@ -58,9 +58,7 @@ Maps = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset="cifar10", quick={"images": 6, "steps": 4, "parts": 4})
-    parser.add_argument(
-        "--ckpt", metavar="FILE", help="a trained network (default: allcnn.py's, or else fast_cifar.py's)"
-    )
+    add_ckpt_flag(parser)
     parser.add_argument("--images", type=positive_int, default=200, help="test images, of those the network gets right")
     parser.add_argument("--steps", type=positive_int, default=32, help="terms of integrated gradients' sum")
     parser.add_argument("--parts", type=positive_int, default=16, help="parts in which the pixels are taken away")
@@ -83,7 +81,7 @@ def main(argv=None) -> dict:
     """Draw the maps, test them; returns the metrics."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    path = args.ckpt or find_checkpoint(args)
+    path = find_checkpoint(args)
     model, state = load_network(path, device)
     test = load_test(args, path, state)
     images, y = torch.from_numpy(test.x).to(device), torch.from_numpy(test.y).to(device)

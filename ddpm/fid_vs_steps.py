@@ -20,7 +20,7 @@ import argparse
 import numpy as np
 import torch
 
-from ddpm.checkpoints import fingerprint, load_model
+from ddpm.checkpoints import add_ckpt_flag, fingerprint, load_model
 from ddpm.features import Classifier, frechet_distance, frechet_error, seen, trained
 from ddpm.inputs import FEWEST, Data, add_data_flags, load
 from ddpm.sampling import draw_all
@@ -44,7 +44,7 @@ def build_parser():
     quick = {"epochs": 1, "steps": [2, 4], "n": 20, "batch_size": 10}
     parser = make_parser(__doc__, quick=quick)
     add_data_flags(parser)
-    parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train_ddpm.py's ema.pth)")
+    add_ckpt_flag(parser)
     parser.add_argument("--steps", type=positive_int, nargs="+", default=[10, 20, 50, 100, 250], help="of the solvers")
     parser.add_argument("--n", type=positive_int, default=2000, help="images drawn for each point")
     parser.add_argument("--without-ddpm", action="store_true", help="leave out DDPM, which takes all steps")

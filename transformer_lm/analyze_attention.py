@@ -23,7 +23,7 @@ from shared_utils.cli import UserError, make_parser, positive_int, run_main, utf
 from shared_utils.device import pick_device
 from shared_utils.plotting import new_figure, save_figure
 from shared_utils.runs import start_run, write_text
-from transformer_lm.checkpoints import find_checkpoint, load_model
+from transformer_lm.checkpoints import add_ckpt_flag, find_checkpoint, load_model
 from transformer_lm.model import TransformerLM, sinusoidal_positions
 from transformer_lm.tokens import Tokens
 
@@ -33,7 +33,7 @@ TEXT = "Sherlock Holmes looked at the hound, and the hound looked at Sherlock Ho
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None, quick={"text": "a list of the list"})
-    parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train.py's best.pth)")
+    add_ckpt_flag(parser)
     parser.add_argument("--text", type=utf8_text, default=TEXT, help="what the heads look at")
     words = [" he", " king", " said", " the", " not", "."]
     parser.add_argument(

@@ -12,6 +12,11 @@ from transformer_lm.model import TransformerLM
 from transformer_lm.tokens import Tokens, load_tokens
 
 
+def add_ckpt_flag(parser: argparse.ArgumentParser) -> None:
+    """`--ckpt`, which `find_checkpoint` reads."""
+    parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train.py's best.pth)")
+
+
 def find_checkpoint(args: argparse.Namespace) -> Path:
     """`--ckpt`, or train.py's best weights. Errors: `UserError` with the command that makes them."""
     return Path(args.ckpt) if args.ckpt else find_output(args, "train", "best.pth")

@@ -30,7 +30,7 @@ from shared_utils.cli import (
 from shared_utils.device import pick_device
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
-from transformer_lm.checkpoints import find_checkpoint, load_model
+from transformer_lm.checkpoints import add_ckpt_flag, find_checkpoint, load_model
 from transformer_lm.model import TransformerLM
 from transformer_lm.texts import printable, write_texts
 from transformer_lm.tokens import Tokens
@@ -41,7 +41,7 @@ PROMPTS = ("The Eiffel Tower is in Paris", "Sherlock Holmes looked at the", "To 
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None, quick={"max_new_tokens": 20})
-    parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train.py's best.pth)")
+    add_ckpt_flag(parser)
     parser.add_argument(
         "--prompt", nargs="+", type=utf8_text, default=list(PROMPTS), metavar="TEXT", help="what to go on from"
     )
