@@ -37,6 +37,7 @@ from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, 
 from shared_utils.data import minibatches, stratified_order
 from shared_utils.plotting import COLORS, mean_std, new_figure, save_figure
 from shared_utils.runs import Diverged, start_run, write_csv
+from shared_utils.schedules import half_cosine
 from shared_utils.stats import mcnemar, wilson_interval
 from shared_utils.stats import mean_std as mean_and_std
 
@@ -82,7 +83,7 @@ def train(variant: str, lr: float, seed: int, data: Inputs, args, run) -> dict:
         try:
             for at in minibatches(len(chosen), args.batch_size, rng):
                 batch = chosen[at]
-                optimizer.lr = lr * (1 + math.cos(math.pi * step / updates)) / 2
+                optimizer.lr = half_cosine(step, updates, lr)
                 value = loss.forward(network.forward(data.x_train[batch], training=True), data.y_train[batch])
                 network.backward(loss.backward(), need_dx=False)
                 optimizer.step()

@@ -29,6 +29,7 @@ from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, 
 from shared_utils.data import minibatches
 from shared_utils.plotting import COLORS, mean_std, new_figure, save_figure
 from shared_utils.runs import start_run
+from shared_utils.schedules import half_cosine
 from shared_utils.seeding import seed_everything
 from shared_utils.stats import mean_std as mean_and_std
 
@@ -76,7 +77,7 @@ def train(network: Sequential, x: np.ndarray, y: np.ndarray, args, rng: np.rando
     total = args.epochs * math.ceil(len(x) / args.batch_size)
     for _ in range(args.epochs):
         for at in minibatches(len(x), args.batch_size, rng):
-            optimizer.lr = max(args.lr * (1 + math.cos(math.pi * optimizer.t / total)) / 2, 1e-12)
+            optimizer.lr = max(half_cosine(optimizer.t, total, args.lr), 1e-12)
             try:
                 loss.forward(network.forward(x[at], training=True), y[at])
             except NotFinite as error:

@@ -13,7 +13,7 @@ import torch
 from shared_utils import device, gradcheck, plotting, runs, stats
 from shared_utils.cli import UserError
 from shared_utils.distributed import World, shard
-from shared_utils.schedules import one_cycle
+from shared_utils.schedules import half_cosine, one_cycle
 from shared_utils.seeding import derived_seed
 
 # --- schedules ------------------------------------------------------------------------------------------------------
@@ -32,6 +32,16 @@ def test_one_cycle_rises_to_its_peak_and_falls(updates):
         assert top == 24
         assert rates[0] == pytest.approx(0.5 * (1 - math.cos(math.pi / 25)) / 2)
         assert rates[99] < 0.001
+
+
+def test_half_a_cosine_falls_from_its_peak_to_0():
+    rates = [half_cosine(step, 8, 0.5) for step in range(9)]
+    assert rates[0] == 0.5
+    assert rates[4] == pytest.approx(0.25)
+    assert rates[8] == 0
+    assert rates == sorted(rates, reverse=True)
+    assert [a + b for a, b in zip(rates, rates[::-1], strict=True)] == pytest.approx([0.5] * 9)  # symmetric
+    assert rates[2] == pytest.approx(0.5 * (1 + math.sqrt(0.5)) / 2)  # no straight line
 
 
 # --- seeds ----------------------------------------------------------------------------------------------------------
