@@ -42,10 +42,9 @@ from autoencoder.optimizers import SGD
 from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import cpu_threads, pick_device
-from shared_utils.plotting import COLORS, line_style, mean_std, new_figure, save_figure
+from shared_utils.plotting import COLORS, line_style, mean_band, new_figure, save_figure
 from shared_utils.runs import Diverged, check_finite, start_run
-from shared_utils.stats import half_width
-from shared_utils.stats import mean_std as mean_and_std
+from shared_utils.stats import half_width, mean_std
 
 VARIANTS = {
     "no BatchNorm, He": (False, "he"),
@@ -184,14 +183,14 @@ def effect(values: dict[str, np.ndarray], factor: int) -> dict[str, float | bool
     """
     signs = {name: 1 if levels[factor] in (True, "he") else -1 for name, levels in VARIANTS.items()}
     differences = sum(signs[name] * np.asarray(found) for name, found in values.items()) / 2  # (S,)
-    mean, std = mean_and_std(differences)
+    mean, std = mean_std(differences)
     half = half_width(differences)
     return {"mean": mean, "std": std, "half_width": half, "clear": half is not None and abs(mean) > half}
 
 
 def summary(values) -> dict[str, float]:
     """Mean and sample standard deviation over seeds."""
-    return dict(zip(("mean", "std"), mean_and_std(values), strict=True))
+    return dict(zip(("mean", "std"), mean_std(values), strict=True))
 
 
 def said(found: dict[str, dict], scale: float = 1, digits: int = 2) -> str:
@@ -340,7 +339,7 @@ def draw_regions(problem: Problem, networks, values, found):
         for k in range(CLASSES):
             style = {"color": COLORS[k], "marker": "os^"[k], "markersize": 2.5, "linestyle": "none"}
             ax.plot(*points[y == k].T, label=f"class {k}", **style)
-        mean, std = mean_and_std(100 * values["test_score"][name])
+        mean, std = mean_std(100 * values["test_score"][name])
         ax.set(title=f"{name}: {mean:.1f} ± {std:.1f} %", aspect="equal")
         ax.grid(False)
     figure.supxlabel("x₁")
@@ -363,13 +362,13 @@ def draw_fits(problem: Problem, networks, values, found, swapped):
             fitted = network.predict(problem.inputs(x)).cpu().numpy() * problem.y_std + problem.y_mean
             label = "fitted, one a seed" if number == 0 else None
             ax.plot(x, fitted, color=line_style(index)["color"], linewidth=1, alpha=0.7, label=label)
-        mean, std = mean_and_std(values["test_score"][name])
+        mean, std = mean_std(values["test_score"][name])
         ax.set_title(f"{name}: test MSE {mean:.2f} ± {std:.2f}")
     figure.supxlabel("x")
     figure.supylabel("y")
     axes[0, 0].legend(loc="upper left", fontsize=8)
     about = f"noisy sine: mean ± std over {len(of_seeds)} seeds; the noise alone gives a test MSE of {NOISE**2:g}"
-    he, xavier = (mean_and_std(mse) for mse in swapped.values())
+    he, xavier = (mean_std(mse) for mse in swapped.values())
     control = f"first layers swapped: He with Xavier's {he[0]:.2f} ± {he[1]:.2f}, Xavier with He's "
     control += f"{xavier[0]:.2f} ± {xavier[1]:.2f} (both without BatchNorm)"
     figure.suptitle(f"{about}\n{said(found['test_score'], 1, 2)}\n{control}")
@@ -381,7 +380,7 @@ def draw_signal(signal: dict[str, np.ndarray], metrics: dict):
     figure, axes = new_figure(1, 2, width=11, height=5)
     for index, (name, found) in enumerate(signal.items()):
         for ax, direction in zip(axes[0], (0, 1), strict=True):
-            mean_std(ax, range(1, found.shape[2] + 1), found[:, direction], label=name, index=index, marker=None)
+            mean_band(ax, range(1, found.shape[2] + 1), found[:, direction], label=name, index=index, marker=None)
     titles = ("forward: each layer's output", "backward: a random gradient put in at the top")
     for ax, title, key in zip(axes[0], titles, ("forward_ratio", "backward_ratio"), strict=True):
         ax.set(xlabel="hidden layer (1 is next to the input)", yscale="log", ylabel="standard deviation", title=title)
