@@ -119,8 +119,7 @@ def train(args, world) -> dict:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, best, seconds = state["epochs"], state["best"], state["seconds"]
-    if args.resume:
-        run.rewind(first)
+    run.rewind(first)
 
     for epoch in range(first, args.epochs):
         started = time.perf_counter()

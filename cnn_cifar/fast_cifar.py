@@ -77,8 +77,7 @@ def main(argv=None) -> dict:
         for optimizer, saved in zip(training.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         first, seconds = state["epochs"], state["seconds"]
-    if args.resume:
-        run.rewind(first)
+    run.rewind(first)
 
     about = {"config": config, "classes": list(data.classes), "title": data.title}
     for epoch in range(first, args.epochs):

@@ -128,8 +128,7 @@ def train(args: argparse.Namespace, world: World) -> dict:
             optimizer.load_state_dict(saved)
         first, seconds = state["epoch"], state["seconds"]
         losses[: first * per_epoch], levels[:first] = state["losses"], state["levels"]
-    if args.resume:
-        run.rewind(first)
+    run.rewind(first)
 
     flag = "--lr or --muon-lr" if args.optimizer == "muon" else "--lr"
     for epoch in range(first, args.epochs):

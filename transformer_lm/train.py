@@ -159,8 +159,7 @@ def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
         for optimizer, of_one in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(of_one)
         first, best, seconds, learned = (state[name] for name in ("updates", "best", "seconds", "learned"))
-    if args.resume:
-        run.rewind(-(-first // args.eval_every))
+    run.rewind(-(-first // args.eval_every))
 
     started, loss_sum, count_sum = time.perf_counter(), torch.zeros((), device=device), torch.zeros((), device=device)
     for update in range(first, args.updates):
