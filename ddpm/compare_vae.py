@@ -167,9 +167,10 @@ def table(about: dict, quality: dict[str, dict], stability: dict, data: Data) ->
         name = {"frechet": "Fréchet distance"}.get(key, key)
         real = format(quality[VAE][f"{key}_of_real"], spec)
         rows.append((f"quality: {name} (real images {real})", f"{mine}; pixels drawn {drawn}", other))
-    rose = [
-        f"rose at {rises} of {looks} looks, by {most:.1%} at most" for rises, looks, most in map(stability.get, READ)
-    ]
+    rose = []
+    for name in (VAE, DIFFUSION):
+        rises, looks, most = stability[name]
+        rose.append(f"rose at {rises} of {looks} looks, by {most:.1%} at most")
     rows += [
         ("stability: the held-out loss", *rose),
         (

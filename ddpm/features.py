@@ -141,6 +141,6 @@ def nearest(x: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     a, b = (torch.from_numpy(each.reshape(len(each), -1)).float() / 255 for each in (x, others))
     best = [_squared_distances(some, b).min(1) for some in a.split(TOGETHER)]
-    return tuple(
-        torch.cat(each).numpy() for each in ([found.values.sqrt() for found in best], [f.indices for f in best])
-    )
+    distances = torch.cat([found.values.sqrt() for found in best])
+    which = torch.cat([found.indices for found in best])
+    return distances.numpy(), which.numpy()

@@ -84,10 +84,10 @@ def main(argv=None) -> dict:
         distance, error = frechet_distance(features, test), frechet_error(features, test)
         row = {"sampler": name, "steps": each, "frechet": distance, "standard_error": error}
         run.log(**row, times_the_floor=distance / floor, seconds=seconds)
-    rows = [
-        {"sampler": row.pop("sampler"), "steps": int(row.pop("steps")), **{k: float(value) for k, value in row.items()}}
-        for row in run.history()
-    ]
+    rows = []
+    for row in run.history():
+        numbers = {name: float(value) for name, value in row.items() if name != "sampler"}
+        rows.append({"sampler": row["sampler"], **numbers, "steps": int(row["steps"])})
     outcome = findings(rows)
     save_figure(draw(rows, floor, outcome, args.n, data.title), run.path("fid_vs_steps.png"))
     return run.finish({"n": args.n, "floor": floor, **outcome, "points": rows})

@@ -119,7 +119,9 @@ def beyond(best: dict, grid: Grid) -> list[Grid]:
     found = []
     for name, value in point.items():
         values = getattr(grid, name)
-        for end, inner in (values[:2], values[:-3:-1]) if len(values) > 1 else ():
+        if len(values) < 2:
+            continue
+        for end, inner in ((values[0], values[1]), (values[-1], values[-2])):
             if value == end:
                 following = end * end / inner
                 found.append(replace(alone, **{name: [round(following) if name == "components" else following]}))
