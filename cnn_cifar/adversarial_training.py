@@ -132,7 +132,6 @@ def main(argv=None) -> dict:
             "test_images": len(data.test),
             "images": len(some),
             "restarts": args.restarts,
-            "device": device.type,
             "networks": rows,
             "clean": adversarial["clean"],
             "robust": adversarial["PGD-20"],

@@ -182,7 +182,6 @@ def train(args, world) -> dict:
             "parameters": sum(p.numel() for p in model.parameters()),
             "epochs": args.epochs,
             "full_run_epochs": build_parser().get_default("epochs"),
-            "device": device.type,
             "processes": world.size,
             "train_images": n,
             "train_accuracy": history["train_accuracy"][-1],

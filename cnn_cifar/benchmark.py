@@ -233,7 +233,6 @@ def main(argv=None) -> dict:
         "gflop_per_second_of_a_large_product": peak / 1e9,
         "end_to_end": both,
         "end_to_end_ratio": ours_to_best(both),
-        "best_loader_end_to_end": best_loader(both)["name"],
     }
     if device.type == "cuda":
         metrics["gpu_busy"] = gpu_busy(ours(), args.batches, fast.step, device)

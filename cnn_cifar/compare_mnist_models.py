@@ -130,7 +130,6 @@ def main(argv=None) -> dict:
             "trainings": len(args.seeds),
             "train_images": len(data.train),
             "test_images": len(y),
-            "device": device.type,
             "best": best["model"],
             "best_accuracy": best["accuracy"],
             "by_model": {row["model"]: row for row in rows},

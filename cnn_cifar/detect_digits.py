@@ -164,7 +164,7 @@ def main(argv=None) -> dict:
     parameters = sum(p.numel() for p in network.parameters())
     counts = {"scenes": args.scenes, "test_scenes": args.test_scenes, "test_boxes": int(true.sum())}
     speed = {"training_seconds": seconds, "test_scenes_per_second": rate}
-    rest = {"parameters": parameters, "epochs": args.epochs, "device": device.type, "by_digit": digits}
+    rest = {"parameters": parameters, "epochs": args.epochs, "by_digit": digits}
     return run.finish({**ap, **wrong, **counts, **speed, **rest})
 
 

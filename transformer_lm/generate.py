@@ -14,7 +14,6 @@ Sources: Fan et al. 2018 (top k); Holtzman et al. 2020 (top p).
 
 import argparse
 import sys
-import time
 
 import torch
 
@@ -69,13 +68,12 @@ def main(argv=None) -> dict:
         return {}
     run = start_run(args)
     seed_everything(args.seed)
-    texts, drawn, started = [], 0, time.perf_counter()
+    texts, drawn = [], 0
     for prompt in args.prompt:
         for text in answers(model, tokens, prompt, args):
             texts.append(text)
             drawn += args.max_new_tokens
             print(f"{text}\n", flush=True)
-    seconds = time.perf_counter() - started
     write_texts(run.path("generated.txt"), texts)
     return run.finish(
         {
@@ -84,7 +82,6 @@ def main(argv=None) -> dict:
             "top_k": args.top_k,
             "texts": len(texts),
             "tokens": drawn,
-            "generating_seconds": seconds,
         }
     )
 

@@ -88,7 +88,6 @@ def findings(found: dict[int, list[dict]], table: dict[int, dict]) -> dict:
         "best_size": best,
         "best_iwae": table[best]["iwae"],
         "enough": enough,
-        "iwae_of_enough": table[enough]["iwae"],
         "first_size_with_an_unused_latent": min(unused, default=None),
         "largest_size": max(table),
         "active_units_of_the_largest_size": table[max(table)]["active_units"],
