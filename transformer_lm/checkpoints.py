@@ -22,6 +22,12 @@ def find_checkpoint(args: argparse.Namespace) -> Path:
     return Path(args.ckpt) if args.ckpt else find_output(args, "train", "best.pth")
 
 
+def add_data_flag(parser: argparse.ArgumentParser) -> None:
+    """`--data`, which `find_data` reads."""
+    about = "the texts as prepare_data.py wrote them, not the folder of all data sets (default: prepare_data.py's)"
+    parser.add_argument("--data", metavar="FOLDER", help=about)
+
+
 def find_data(args: argparse.Namespace) -> Path:
     """The folder in `--data`, or prepare_data.py's. Errors: `UserError` with the command that makes it."""
     return Path(args.data) if args.data else find_output(args, "prepare_data", "meta.json").parent

@@ -32,7 +32,7 @@ from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 from transformer_lm.baselines import COMPRESSORS, compressed_bits_per_byte, longest_copy, share_known, words_of
 from transformer_lm.batches import losses_of_text, sliding_losses
-from transformer_lm.checkpoints import add_ckpt_flag, find_checkpoint, find_data, load_model
+from transformer_lm.checkpoints import add_ckpt_flag, add_data_flag, find_checkpoint, find_data, load_model
 from transformer_lm.corpus import Corpus, Part, load
 from transformer_lm.model import TransformerLM
 from transformer_lm.ngram import KneserNey
@@ -43,7 +43,7 @@ def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None, quick={"texts": 2, "text_tokens": 30})
     add_ckpt_flag(parser)
-    parser.add_argument("--data", metavar="FOLDER", help="what it was trained on (default: prepare_data.py's)")
+    add_data_flag(parser)
     parser.add_argument("--part", choices=("test", "val"), default="test", help="of the data")
     parser.add_argument(
         "--stride",

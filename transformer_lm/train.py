@@ -49,7 +49,7 @@ from shared_utils.plotting import curves, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.seeding import derived_seed, seed_everything
 from transformer_lm.batches import Text, losses_of_text, total_loss
-from transformer_lm.checkpoints import find_data
+from transformer_lm.checkpoints import add_data_flag, find_data
 from transformer_lm.corpus import Corpus, load
 from transformer_lm.model import ATTENTION, TransformerLM
 from transformer_lm.texts import printable, write_texts
@@ -61,7 +61,7 @@ def build_parser():
     """The command line."""
     quick = {"d_model": 32, "n_layers": 2, "d_ff": 48, "context": 32, "batch_size": 16, "updates": 30, "eval_every": 10}
     parser = make_parser(__doc__, dataset=None, quick={**quick, "eval_tokens": 4000, "sample_tokens": 20})
-    parser.add_argument("--data", metavar="FOLDER", help="what prepare_data.py wrote (default: its own folder)")
+    add_data_flag(parser)
     parser.add_argument("--d-model", type=positive_int, default=256, help="the model's width")
     parser.add_argument("--n-heads", type=positive_int, default=2, help="attention heads of each layer")
     parser.add_argument("--head-dim", type=positive_int, default=32, help="width of a head")
