@@ -50,7 +50,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically. Errors: as `replacing`."""
+    """Write `text` as UTF-8, atomically. Errors: as `replacing`; `UnicodeEncodeError` for half a character."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
 

@@ -12,5 +12,5 @@ def printable(text: str) -> str:
 
 
 def write_texts(path: str | Path, texts: Sequence[str]) -> None:
-    """Write printable texts one below the other, a line of three dashes between two of them."""
+    """Write printable texts one below the other, a line of three dashes between two. Errors: as `runs.write_text`."""
     write_text(path, "\n\n---\n\n".join(texts) + "\n")
