@@ -45,12 +45,11 @@ from shared_utils.cli import (
 )
 from shared_utils.data import endless_minibatches, stratified_order
 from shared_utils.device import cpu_threads, pick_device
-from shared_utils.plotting import COLORS, line_style, mean_std, new_figure, save_figure
+from shared_utils.plotting import COLORS, line_style, mean_band, new_figure, save_figure
 from shared_utils.runs import check_finite, start_run
 from shared_utils.schedules import one_cycle
 from shared_utils.seeding import seed_everything
-from shared_utils.stats import half_width, mcnemar, wilson_interval
-from shared_utils.stats import mean_std as mean_and_std
+from shared_utils.stats import half_width, mcnemar, mean_std, wilson_interval
 
 NAMES = {"raw": "raw pixels", "pca": "PCA codes", "codes": "autoencoder's codes", "denoising": "denoising codes"}
 
@@ -165,7 +164,7 @@ def study(args, data: Inputs, features: dict, log) -> tuple[dict, dict, dict]:
 def paired(values: list[float], rivals: list[float]) -> dict:
     """Mean and deviation of values − rivals, the mean's 95 % interval (Student's t), and who wins by it."""
     difference = np.subtract(values, rivals)
-    mean, std = mean_and_std(difference)
+    mean, std = mean_std(difference)
     half = half_width(difference)
     wins = None if half is None or abs(mean) <= half else mean > 0  # None: the seeds' noise is larger
     return {"difference": mean, "difference_std": std, "half_width": half, "wins": wins}
@@ -178,7 +177,7 @@ def summarise(accuracies: dict) -> list[dict]:
         for n, found in by_labels.items():
             row = {"classifier": kind, "labels": n}
             for name, values in found.items():
-                row[name], row[f"{name}_std"] = mean_and_std(values)
+                row[name], row[f"{name}_std"] = mean_std(values)
                 if name != "raw":
                     row |= {f"{name}_{key}": value for key, value in paired(values, found["raw"]).items()}
             rows.append(row)
@@ -202,7 +201,7 @@ def draw_validation(curves: dict, args, title: str):
     figure, axes = new_figure(width=7.6, height=4.8)
     for index, (name, found) in enumerate(curves.items()):
         values = 100 * np.array(found)  # (seeds, epochs)
-        mean_std(axes[0, 0], range(1, values.shape[1] + 1), values, label=NAMES[name], index=index)
+        mean_band(axes[0, 0], range(1, values.shape[1] + 1), values, label=NAMES[name], index=index)
     axes[0, 0].set(xlabel="epoch", ylabel=f"validation accuracy (%), {len(args.seeds)} seeds")
     axes[0, 0].legend()
     figure.suptitle(
@@ -244,7 +243,7 @@ def draw_labels(accuracies: dict, rows: list[dict], title: str):
         labels = list(by_labels)
         for index, name in enumerate(NAMES):
             values = 100 * np.array([by_labels[n][name] for n in labels]).T  # (seeds, labels)
-            mean_std(above, labels, values, label=NAMES[name], index=index)
+            mean_band(above, labels, values, label=NAMES[name], index=index)
             if name != "raw":
                 own = [row for row in rows if row["classifier"] == kind]  # one for each of `labels`
                 mean = np.array([100 * row[f"{name}_difference"] for row in own])
@@ -294,7 +293,7 @@ def main(argv=None) -> dict:
     said = {kind: {name: conclusion(rows, kind, name) for name in NAMES if name != "raw"} for kind in accuracies}
     by_kind = {kind: [row for row in rows if row["classifier"] == kind] for kind in accuracies}
     metrics = {"rows": by_kind["MLP"], "rows_softmax_regression": by_kind["softmax regression"], "conclusion": said}
-    metrics["validation"] = {name: mean_and_std([curve[-1] for curve in found]) for name, found in curves.items()}
+    metrics["validation"] = {name: mean_std([curve[-1] for curve in found]) for name, found in curves.items()}
     metrics |= {
         "all_labels": total,
         "test": tests,

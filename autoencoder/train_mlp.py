@@ -42,10 +42,9 @@ from autoencoder.problems import CLASSES, NOISE, Problem, chirp, noisy_chirp, sp
 from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import cpu_threads, pick_device
-from shared_utils.plotting import COLORS, line_style, mean_std, new_figure, save_figure
+from shared_utils.plotting import COLORS, line_style, mean_band, new_figure, save_figure
 from shared_utils.runs import Diverged, check_finite, start_run
-from shared_utils.stats import half_width
-from shared_utils.stats import mean_std as mean_and_std
+from shared_utils.stats import half_width, mean_std
 
 VARIANTS = {
     "no BatchNorm, He": (False, "he"),
@@ -163,7 +162,7 @@ def effect(values: dict[str, np.ndarray], factor: int) -> dict[str, float | bool
     """
     signs = {name: 1 if levels[factor] in (True, "he") else -1 for name, levels in VARIANTS.items()}
     differences = sum(signs[name] * np.asarray(found) for name, found in values.items()) / 2  # (S,)
-    mean, std = mean_and_std(differences)
+    mean, std = mean_std(differences)
     half = half_width(differences)
     return {"mean": mean, "std": std, "half_width": half, "clear": half is not None and abs(mean) > half}
 
@@ -180,7 +179,7 @@ def after(fitted: dict[str, Fitted], epoch: int, what: str) -> dict[str, np.ndar
 
 def summaries(values: dict) -> dict[str, dict[str, float]]:
     """Mean and sample standard deviation over seeds of each of the values, (S,) each."""
-    return {name: dict(zip(("mean", "std"), mean_and_std(own), strict=True)) for name, own in values.items()}
+    return {name: dict(zip(("mean", "std"), mean_std(own), strict=True)) for name, own in values.items()}
 
 
 def said(found: dict[str, dict], *, scale: float = 1, digits: int = 2) -> str:
@@ -323,7 +322,7 @@ def draw_regions(problem: Problem, fitted: dict[str, Fitted], test: dict[str, np
         for k in range(CLASSES):
             style = {"color": COLORS[k], "marker": "os^"[k], "markersize": 2.5, "linestyle": "none"}
             ax.plot(*points[y == k].T, label=f"class {k}", **style)
-        mean, std = mean_and_std(100 * test[name])
+        mean, std = mean_std(100 * test[name])
         ax.set(title=f"{name}: {mean:.1f} ± {std:.1f} %", aspect="equal")
         ax.grid(False)
     figure.supxlabel("x₁")
@@ -346,13 +345,13 @@ def draw_fits(problem: Problem, fitted: dict[str, Fitted], test: dict[str, np.nd
             fitted = network.predict(problem.inputs(x)).cpu().numpy() * problem.y_std + problem.y_mean
             label = "fitted, one a seed" if number == 0 else None
             ax.plot(x, fitted, color=line_style(index)["color"], linewidth=1, alpha=0.7, label=label)
-        mean, std = mean_and_std(test[name])
+        mean, std = mean_std(test[name])
         ax.set_title(f"{name}: test MSE {mean:.2f} ± {std:.2f}")
     figure.supxlabel("x")
     figure.supylabel("y")
     axes[0, 0].legend(loc="upper left", fontsize=8)
     about = f"noisy sine: mean ± std over {len(own.networks)} seeds; the noise alone gives a test MSE of {NOISE**2:g}"
-    he, xavier = (mean_and_std(mse) for mse in swapped.values())
+    he, xavier = (mean_std(mse) for mse in swapped.values())
     control = f"first layers swapped: He with Xavier's {he[0]:.2f} ± {he[1]:.2f}, Xavier with He's "
     control += f"{xavier[0]:.2f} ± {xavier[1]:.2f} (both without BatchNorm)"
     figure.suptitle(f"{about}\n{said(effects(test))}\n{control}")
@@ -364,7 +363,7 @@ def draw_signal(signal: dict[str, np.ndarray], metrics: dict):
     figure, axes = new_figure(1, 2, width=11, height=5)
     for index, (name, found) in enumerate(signal.items()):
         for ax, direction in zip(axes[0], (0, 1), strict=True):
-            mean_std(ax, range(1, found.shape[2] + 1), found[:, direction], label=name, index=index, marker=None)
+            mean_band(ax, range(1, found.shape[2] + 1), found[:, direction], label=name, index=index, marker=None)
     titles = ("forward: each layer's output", "backward: a random gradient put in at the top")
     for ax, title, key in zip(axes[0], titles, ("forward_ratio", "backward_ratio"), strict=True):
         ax.set(xlabel="hidden layer (1 is next to the input)", yscale="log", ylabel="standard deviation", title=title)

@@ -105,8 +105,7 @@ def main(argv=None) -> dict:
     run = start_run(args)
     config = network_config(args.model, args.width, len(data.classes))
     states = {kind: last_state(run, kind, config) if args.resume else None for kind in KINDS}
-    if args.resume:
-        run.rewind(sum(state["epochs"] for state in states.values() if state))
+    run.rewind(sum(state["epochs"] for state in states.values() if state))
     seconds = {kind: train(kind, states[kind], config, data, args, run) for kind in KINDS}
 
     some = Split(data.test.x[: args.images], data.test.y[: args.images])
@@ -133,7 +132,6 @@ def main(argv=None) -> dict:
             "test_images": len(data.test),
             "images": len(some),
             "restarts": args.restarts,
-            "device": device.type,
             "networks": rows,
             "clean": adversarial["clean"],
             "robust": adversarial["PGD-20"],

@@ -24,7 +24,6 @@ Sources: Springenberg et al. 2015; Sutskever et al. 2013 for Nesterov's momentum
 Shapes: N images, B batch of one process, K classes.
 """
 
-import math
 import time
 
 import numpy as np
@@ -42,7 +41,7 @@ from shared_utils.device import autocast
 from shared_utils.distributed import main_first, process_group, shard, total, wrap
 from shared_utils.plotting import curves, image_grid, new_figure, save_figure
 from shared_utils.runs import check_finite, start_run, write_json
-from shared_utils.schedules import one_cycle
+from shared_utils.schedules import half_cosine, one_cycle
 from shared_utils.seeding import derived_seed, seed_everything
 from shared_utils.stats import wilson_interval
 
@@ -77,7 +76,7 @@ def learning_rate(schedule: str, step: int, updates: int, peak: float) -> float:
     if schedule == "onecycle":
         return one_cycle(step, updates, peak)
     if schedule == "cosine":
-        return peak * (1 + math.cos(math.pi * step / updates)) / 2
+        return half_cosine(step, updates, peak)
     return peak * 0.1 ** ((step >= 0.4 * updates) + (step >= 0.8 * updates))
 
 
@@ -120,8 +119,7 @@ def train(args, world) -> dict:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first, best, seconds = state["epochs"], state["best"], state["seconds"]
-    if args.resume:
-        run.rewind(first)
+    run.rewind(first)
 
     for epoch in range(first, args.epochs):
         started = time.perf_counter()
@@ -184,7 +182,6 @@ def train(args, world) -> dict:
             "parameters": sum(p.numel() for p in model.parameters()),
             "epochs": args.epochs,
             "full_run_epochs": build_parser().get_default("epochs"),
-            "device": device.type,
             "processes": world.size,
             "train_images": n,
             "train_accuracy": history["train_accuracy"][-1],

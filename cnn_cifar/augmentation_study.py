@@ -118,7 +118,6 @@ def main(argv=None) -> dict:
             "updates": args.epochs * (len(data.train) // args.batch_size),
             "train_images": len(data.train),
             "seeds": args.seeds,
-            "device": device.type,
             "arms": table,
             "none": table[0]["accuracy"],
             "best": best["arm"],

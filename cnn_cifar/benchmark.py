@@ -13,6 +13,7 @@ Writes throughput.png, metrics.json.
 Shapes: B batch.
 """
 
+import argparse
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -44,6 +45,7 @@ SETTINGS = {  # name: (bfloat16, channels last)
     "bfloat16, channels first": (True, False),
     "bfloat16, channels last": (True, True),
 }
+Jobs = dict[str, tuple[Callable[[], Iterator], Callable, int]]  # name: (a source's maker, use, batches to skip)
 
 
 def build_parser():
@@ -102,6 +104,19 @@ def batches_of_ours(split: Split, batch_size: int, generator: Generator) -> Iter
             yield pixels(random_color_jitter(x, generator)), split.y[batch]
 
 
+def loader_of(split: Split, batch_size: int, workers: int) -> DataLoader:
+    """A DataLoader of the images one by one, with so many worker processes."""
+    return DataLoader(
+        ImageByImage(split),
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        pin_memory=split.x.device.type == "cuda",
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+
+
 class Trainer:
     """All-CNN and its optimizer: `step` makes one update."""
 
@@ -121,7 +136,7 @@ class Trainer:
         self.optimizer.step()
 
 
-def seconds_of(source: Iterator, batches: int, use: Callable, skip: int, device: torch.device) -> float:
+def seconds_of_batches(source: Iterator, batches: int, use: Callable, skip: int, device: torch.device) -> float:
     """Seconds to use `batches` batches of `source`, after `skip` others; includes waiting for a GPU's work.
 
     The skipped ones are the warm-up, and use up what a DataLoader's workers had ready before the clock started.
@@ -136,11 +151,41 @@ def seconds_of(source: Iterator, batches: int, use: Callable, skip: int, device:
     return time.perf_counter() - started
 
 
+def drop(x: Tensor, y: Tensor) -> None:
+    """Use nothing."""
+
+
+def sources(split: Split, args: argparse.Namespace, generator: Generator, use: Callable) -> Jobs:
+    """The pipelines as jobs that `use` their batches: ours, and a DataLoader for each number of workers."""
+
+    def loaded(workers: int) -> Iterator:
+        return batches_of_loader(loader_of(split, args.batch_size, workers), split.x.device)
+
+    jobs = {OURS: (partial(batches_of_ours, split, args.batch_size, generator), use, 1)}
+    return jobs | {f"DataLoader, {n} workers": (partial(loaded, n), use, 2 * n + 1) for n in args.workers}
+
+
+def measure(jobs: Jobs, args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Images per second of each, in turn: the median and all.
+
+    A source lives for its turn alone: another's workers would prefetch on the same cores.
+    """
+    found = {name: [] for name in jobs}
+    for _ in range(args.repeats):
+        for name, (make_source, use, skip) in jobs.items():
+            seconds = seconds_of_batches(make_source(), args.batches, use, skip, device)
+            found[name].append(args.batches * args.batch_size / seconds)
+    table = [{"name": name, "images_per_second": float(np.median(all_)), "all": all_} for name, all_ in found.items()]
+    for row in table:
+        print(f"{row['name']}: {row['images_per_second']:,.0f} images/s", flush=True)
+    return table
+
+
 def gpu_busy(source: Iterator, batches: int, use: Callable, device: torch.device) -> float:
     """The fraction of the wall time in which the GPU runs a kernel; the wall time is taken without the profiler."""
-    wall = seconds_of(source, batches, use, skip=3, device=device)
+    wall = seconds_of_batches(source, batches, use, skip=3, device=device)
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        seconds_of(source, batches, use, skip=0, device=device)
+        seconds_of_batches(source, batches, use, skip=0, device=device)
     kernels = (event for event in profiler.events() if event.device_type == DeviceType.CUDA)
     return sum(event.self_device_time_total for event in kernels) / 1e6 / wall  # from µs
 
@@ -156,7 +201,8 @@ def product_speed(device: torch.device, dtype: torch.dtype, repeats: int) -> flo
     """FLOPs per second of a large matrix product, the most that a network can hope for; the fastest of the repeats."""
     large = torch.randn(4096, 4096, device=device).to(dtype)
     product = iter(lambda: (large, large), None)
-    return 2 * 4096**3 / min(seconds_of(product, 1, torch.matmul, skip=1, device=device) for _ in range(repeats))
+    least = min(seconds_of_batches(product, 1, torch.matmul, skip=1, device=device) for _ in range(repeats))
+    return 2 * 4096**3 / least
 
 
 def best_loader(table: list[dict]) -> dict:
@@ -180,47 +226,16 @@ def main(argv=None) -> dict:
     seed_everything(args.seed)
     generator = Generator(device).manual_seed(args.seed)
 
-    def measure(jobs: dict[str, tuple[Callable[[], Iterator], Callable, int]]) -> list[dict]:
-        """Images per second of each (a source's maker, use, skip), in turn: the median and all.
-
-        A source lives for its turn alone: another's workers would prefetch on the same cores.
-        """
-        found = {name: [] for name in jobs}
-        for _ in range(args.repeats):
-            for name, (make_source, use, skip) in jobs.items():
-                seconds = seconds_of(make_source(), args.batches, use, skip, device)
-                found[name].append(args.batches * args.batch_size / seconds)
-        table = [
-            {"name": name, "images_per_second": float(np.median(all_)), "all": all_} for name, all_ in found.items()
-        ]
-        for row in table:
-            print(f"{row['name']}: {row['images_per_second']:,.0f} images/s", flush=True)
-        return table
-
-    def loader(workers: int) -> Iterator:
-        several = {"num_workers": workers, "persistent_workers": workers > 0}
-        options = {"shuffle": True, "drop_last": True, "pin_memory": device.type == "cuda"}
-        return batches_of_loader(DataLoader(ImageByImage(data.train), args.batch_size, **options, **several), device)
-
-    def ours() -> Iterator:
-        return batches_of_ours(data.train, args.batch_size, generator)
-
-    def drop(x: Tensor, y: Tensor) -> None:
-        """Use nothing."""
-
-    def loaders(use: Callable) -> dict:
-        makers = {f"DataLoader, {n} workers": (partial(loader, n), use, 2 * n + 1) for n in args.workers}
-        return {OURS: (ours, use, 1), **makers}
-
-    pipeline = measure(loaders(drop))
+    pipeline = measure(sources(data.train, args, generator, drop), args, device)
     trainers = {
         name: Trainer(args.c1, args.c2, len(data.classes), device, *setting) for name, setting in SETTINGS.items()
     }
-    batch = next(ours())
-    network = measure({name: (partial(iter, lambda: batch, None), t.step, 1) for name, t in trainers.items()})
+    batch = next(batches_of_ours(data.train, args.batch_size, generator))
+    again = partial(iter, lambda: batch, None)  # the same batch without end
+    network = measure({name: (again, trainer.step, 1) for name, trainer in trainers.items()}, args, device)
     fast = trainers["bfloat16, channels last"]
     flops, peak = training_flops(fast, *batch), product_speed(device, torch.bfloat16, args.repeats)
-    both = measure(loaders(fast.step))
+    both = measure(sources(data.train, args, generator, fast.step), args, device)
     metrics = {
         "batch_size": args.batch_size,
         "threads": torch.get_num_threads(),
@@ -233,10 +248,10 @@ def main(argv=None) -> dict:
         "gflop_per_second_of_a_large_product": peak / 1e9,
         "end_to_end": both,
         "end_to_end_ratio": ours_to_best(both),
-        "best_loader_end_to_end": best_loader(both)["name"],
     }
     if device.type == "cuda":
-        metrics["gpu_busy"] = gpu_busy(ours(), args.batches, fast.step, device)
+        source = batches_of_ours(data.train, args.batch_size, generator)
+        metrics["gpu_busy"] = gpu_busy(source, args.batches, fast.step, device)
     save_figure(draw(metrics, data.title), run.path("throughput.png"))
     return run.finish(metrics)
 

@@ -17,8 +17,20 @@ from shared_utils.runs import find_output
 NETWORKS = {"allcnn_t": AllCNN, "fast_net": FastNet, "resnet": pixel_resnet}
 
 
+def add_ckpt_flag(parser: argparse.ArgumentParser) -> None:
+    """`--ckpt`, which `find_checkpoint` reads."""
+    parser.add_argument(
+        "--ckpt", metavar="FILE", help="a trained network (default: allcnn.py's, or else fast_cifar.py's)"
+    )
+
+
 def find_checkpoint(args: argparse.Namespace) -> Path:
-    """allcnn.py's network, or else fast_cifar.py's. Errors: `UserError` with the latter's command for neither."""
+    """`--ckpt`, or allcnn.py's network, or else fast_cifar.py's.
+
+    Errors: `UserError` with fast_cifar.py's command where there is none of them.
+    """
+    if args.ckpt:
+        return Path(args.ckpt)
     for script, name in (("allcnn", "allcnn_t_best.pth"), ("fast_cifar", "best.pth")):
         with contextlib.suppress(UserError):
             return find_output(args, script, name)

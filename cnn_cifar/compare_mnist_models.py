@@ -49,7 +49,7 @@ from shared_utils.checkpoint import load_arrays, save_arrays
 from shared_utils.cli import UserError, add_amp, add_seeds, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import save_figure
-from shared_utils.runs import Run, replacing, start_run
+from shared_utils.runs import Run, start_run, write_text
 from shared_utils.seeding import seed_everything
 from shared_utils.stats import mcnemar, wilson_interval
 
@@ -118,8 +118,7 @@ def main(argv=None) -> dict:
         network.load_state_dict(checkpoint.load(run.path(f"vit_{args.seeds[0]}.pth"), device=device)["model"])
         save_figure(draw_attention(network, data), run.path("vit_attention.png"))
         save_figure(draw_positions(network), run.path("vit_positions.png"))
-    with replacing(run.path("table.md")) as beside:
-        beside.write_text(markdown(rows), encoding="utf-8")
+    write_text(run.path("table.md"), markdown(rows))
     best = max(rows, key=lambda row: row["accuracy"])
     return run.finish(
         {
@@ -131,7 +130,6 @@ def main(argv=None) -> dict:
             "trainings": len(args.seeds),
             "train_images": len(data.train),
             "test_images": len(y),
-            "device": device.type,
             "best": best["model"],
             "best_accuracy": best["accuracy"],
             "by_model": {row["model"]: row for row in rows},

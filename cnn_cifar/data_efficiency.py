@@ -100,7 +100,6 @@ def main(argv=None) -> dict:
         {
             "seeds": args.seeds,
             "test_images": len(y),
-            "device": device.type,
             "conclusion": conclusion,
             "sizes": [{"images": size, "updates": updates[size], **accuracies[size]} for size in sizes],
             "rows": rows,

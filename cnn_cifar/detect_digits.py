@@ -158,13 +158,13 @@ def main(argv=None) -> dict:
     ]
     wrong = mistakes(found, held_out[1])
     about = f"Faster R-CNN, {data.title} in scenes"
-    save_figure(draw_training(run.history(), about), run.path("training.png"))
+    save_figure(draw_training(run.numbers(), about), run.path("training.png"))
     save_figure(draw_curves(found, held_out[1], ap, about), run.path("precision_recall.png"))
     save_figure(draw_detections(held_out, found, data.classes, ap["ap50"], about), run.path("detections.png"))
     parameters = sum(p.numel() for p in network.parameters())
     counts = {"scenes": args.scenes, "test_scenes": args.test_scenes, "test_boxes": int(true.sum())}
     speed = {"training_seconds": seconds, "test_scenes_per_second": rate}
-    rest = {"parameters": parameters, "epochs": args.epochs, "device": device.type, "by_digit": digits}
+    rest = {"parameters": parameters, "epochs": args.epochs, "by_digit": digits}
     return run.finish({**ap, **wrong, **counts, **speed, **rest})
 
 
@@ -198,16 +198,16 @@ def mistakes(found: list[dict[str, Tensor]], truth: list[dict[str, Tensor]]) -> 
     return count
 
 
-def draw_training(history: list[dict], about: str):
+def draw_training(history: list[dict[str, float]], about: str):
     """The four parts of the loss after each epoch."""
     figure, axes = new_figure(width=7.0, height=4.2)
-    epochs = [int(row["epoch"]) for row in history]
+    epochs = [row["epoch"] for row in history]
     for index, (name, label) in enumerate(PARTS.items()):
-        values = [float(row[name]) for row in history]
+        values = [row[name] for row in history]
         axes[0, 0].plot(epochs, values, marker="o", label=f"{label} ({name})", **line_style(index))
     axes[0, 0].set(yscale="log", xlabel="epoch", ylabel="mean training loss of the epoch")
     axes[0, 0].legend()
-    largest = max(PARTS, key=lambda name: float(history[-1][name]))
+    largest = max(PARTS, key=lambda name: history[-1][name])
     figure.suptitle(f"{about}:\nat the end “{PARTS[largest]}” is the largest part of the loss")
     return figure
 

@@ -77,8 +77,7 @@ def main(argv=None) -> dict:
         for optimizer, saved in zip(training.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         first, seconds = state["epochs"], state["seconds"]
-    if args.resume:
-        run.rewind(first)
+    run.rewind(first)
 
     about = {"config": config, "classes": list(data.classes), "title": data.title}
     for epoch in range(first, args.epochs):
@@ -94,9 +93,7 @@ def main(argv=None) -> dict:
     checkpoint.save(run.path("best.pth"), model=network.state_dict(), **about)
 
     judged, name = (data.val, "validation") if data.val else (data.test, "test")
-    started = time.perf_counter()
     found = accuracies(network, judged, args.amp)
-    test_seconds = time.perf_counter() - started
     chosen = "mirrored and shifted" if recipe.has("tta") else "plain"
     accuracy = found[chosen]
     rows = run.numbers()
@@ -115,7 +112,6 @@ def main(argv=None) -> dict:
             "accuracies": found,
             "train_loss": rows[-1]["train_loss"],
             "training_seconds": seconds,
-            "evaluation_seconds": test_seconds,
             "images_per_second": args.epochs * training.per_epoch * args.batch_size / seconds,
         }
     )

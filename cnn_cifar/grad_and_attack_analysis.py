@@ -19,11 +19,12 @@ Sources: Goodfellow et al. 2015; Kurakin et al. 2017; Madry et al. 2018; Athalye
 Shapes: N images, B batch, K classes.
 """
 
-import time
+import argparse
 
 import numpy as np
 import torch
-from torch import Generator, nn
+from matplotlib.figure import Figure
+from torch import Generator, Tensor, nn
 
 from cnn_cifar.attack_measures import (
     BATCH,
@@ -36,7 +37,7 @@ from cnn_cifar.attack_measures import (
     survivors,
 )
 from cnn_cifar.attacks import ascent, fgsm, input_gradient, iterative_fgsm, pgd
-from cnn_cifar.checkpoints import find_checkpoint, load_network, load_test
+from cnn_cifar.checkpoints import add_ckpt_flag, find_checkpoint, load_network, load_test
 from cnn_cifar.inputs import Split, pixels, share
 from shared_utils.cli import make_parser, positive_float, positive_int, run_main
 from shared_utils.device import pick_device
@@ -53,9 +54,7 @@ SHOWN = 8  # images in the pictures of gradients
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset="cifar10", quick={"images": 8, "test_images": 20, "restarts": 2})
-    parser.add_argument(
-        "--ckpt", metavar="FILE", help="a trained network (default: allcnn.py's, or else fast_cifar.py's)"
-    )
+    add_ckpt_flag(parser)
     parser.add_argument("--eps", type=positive_float, default=8.0, help="largest change of a pixel, in units of 1/255")
     parser.add_argument("--alpha", type=positive_float, help="the iterative attack's step, of 255 (default: ε / 5)")
     parser.add_argument("--steps", type=positive_int, default=5, help="steps of the iterative attack")
@@ -75,7 +74,7 @@ def main(argv=None) -> dict:
     """Attack, measure, draw; returns the metrics."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    path = args.ckpt or find_checkpoint(args)
+    path = find_checkpoint(args)
     model, state = load_network(path, device)
     model = model.to(memory_format=torch.channels_last)
     test = load_test(args, path, state)
@@ -86,84 +85,110 @@ def main(argv=None) -> dict:
     generator = Generator().manual_seed(args.seed)
     eps = args.eps / 255
     alpha = eps / 5 if args.alpha is None else args.alpha / 255
-    about = f"{state['config']['network']} trained on {state['title']}"
-
-    def accuracy(split: Split, attack: Attack | None = None) -> float:
-        return share(survivors(model, split, attack))
-
-    def ascents(eps: float, steps: int, restarts: int) -> Attack:
-        return lambda x, y: pgd(model, x, y, eps, 2.5 * eps / steps, steps, restarts, generator)
+    network = state["config"]["network"]
+    about = f"{network} trained on {state['title']}"
 
     clean = survivors(model, whole)
-    found = {"clean": share(clean), "fgsm": accuracy(whole, lambda x, y: fgsm(model, x, y, eps))}
+    of_some = clean[: len(some)]
+    found = {"clean": share(clean)}
+    found["fgsm"] = share(survivors(model, whole, lambda x, y: fgsm(model, x, y, eps)))
     found["fgsm_again"] = fgsm_accuracy_again(model, whole, eps)
-    found["clean_of_some"] = share(clean[: len(some)])
-    found["iterative"] = accuracy(some, lambda x, y: iterative_fgsm(model, x, y, eps, alpha, args.steps))
+    found["clean_of_some"] = share(of_some)
+    iterative = survivors(model, some, lambda x, y: iterative_fgsm(model, x, y, eps, alpha, args.steps))
+    found["iterative"] = share(iterative)
     said(found)
+    by_eps, safe = by_size(model, some, of_some, args.eps, generator)
+    by_steps, also_safe = by_number_of_steps(model, some, eps, args.restarts, generator)
+    worst = share(torch.stack([of_some, *safe, *also_safe]).all(0))
+    everything = share(survivors(model, some, ascents(model, 1.0, 20, 1, generator)))
+    checks = masking_checks(model, some, by_eps, args.eps, by_steps, everything)
 
-    by_eps, safe = [], [clean[: len(some)]]  # of each attack at ε, who survives
-    for size in sorted({*EPSILONS, args.eps}):
+    figures = {}
+    for kind, chosen in {"correct": clean, "incorrect": ~clean}.items():
+        at = torch.nonzero(chosen)[:SHOWN, 0]
+        shown = Split(whole.x[at], whole.y[at])
+        figures[f"grad_visuals_{kind}"] = draw_gradients(model, shown, state["classes"], kind, about)
+    figures |= draw_ascent(model, some, args, alpha, state["classes"], about)
+    figures["accuracy_vs_eps"] = draw_by_eps(by_eps, args.eps, found["clean_of_some"], len(some), about)
+    figures["accuracy_vs_steps"] = draw_by_steps(by_steps, args, len(some), about)
+    figures["masking_checks"] = draw_checks(checks, about)
+    for name, figure in figures.items():
+        save_figure(figure, run.path(f"{name}.png"))
+    return run.finish(
+        {
+            "network": network,
+            "checkpoint": str(path),
+            "eps": args.eps,
+            "alpha": 255 * alpha,
+            "test_images": len(whole),
+            "images": len(some),
+            "restarts": args.restarts,
+            "accuracy": found,
+            "strongest": worst,
+            "interval": list(wilson_interval(round(worst * len(some)), len(some))),
+            "by_eps": by_eps,
+            "by_steps": by_steps,
+            "checks": checks,
+        }
+    )
+
+
+def ascents(model: nn.Module, eps: float, steps: int, restarts: int, generator: Generator) -> Attack:
+    """PGD of so many steps from so many random starts, which can cross the ball of ε (of 1)."""
+    return lambda x, y: pgd(model, x, y, eps, 2.5 * eps / steps, steps, restarts, generator)
+
+
+def by_size(
+    model: nn.Module, split: Split, clean: Tensor, eps: float, generator: Generator
+) -> tuple[list[dict], list[Tensor]]:
+    """Accuracies at each ε of `EPSILONS` and at `eps` (of 255), and who survives each attack at `eps`, bool (N,).
+
+    clean: which images are right unattacked, bool (N,). The worst case is right under no attack, and all of them.
+    """
+    rows, at_eps = [], []
+    for size in sorted({*EPSILONS, eps}):
         attacks = {
             "noise": lambda x, y, size=size: noise(x, size / 255, generator),
             "FGSM": lambda x, y, size=size: fgsm(model, x, y, size / 255),
-            "PGD-20": ascents(size / 255, 20, 1),
+            "PGD-20": ascents(model, size / 255, 20, 1, generator),
         }
-        right = {}
-        for name, attack in attacks.items():
-            started = time.perf_counter()
-            right[name] = survivors(model, some, attack)
-            seconds = time.perf_counter() - started
+        right = {name: survivors(model, split, attack) for name, attack in attacks.items()}
         row = {"eps": size, **{name: share(mask) for name, mask in right.items()}}
-        row["worst case"] = share(torch.stack([safe[0], *right.values()]).all(0))
-        by_eps.append(said(row))
-        if size == args.eps:
-            safe += right.values()
-            pgd20_seconds = seconds  # PGD-20 is the last of them
-    by_steps = []
-    for steps in STEPS:
-        once, often = (survivors(model, some, ascents(eps, steps, starts)) for starts in (1, args.restarts))
-        safe += [once, often]
-        by_steps.append(said({"steps": steps, "one start": share(once), "several starts": share(often)}))
-    worst = share(torch.stack(safe).all(0))
-    everything = share(survivors(model, some, ascents(1.0, 20, 1)))
-    checks = masking_checks(model, some, by_eps, args.eps, by_steps, everything)
+        rows.append(said({**row, "worst case": share(torch.stack([clean, *right.values()]).all(0))}))
+        if size == eps:
+            at_eps += right.values()
+    return rows, at_eps
 
-    x, y = pixels(some.x[:BATCH]), some.y[:BATCH]
-    stages = [x, *ascent(model, x, x, y, eps, alpha, args.steps)]
+
+def by_number_of_steps(
+    model: nn.Module, split: Split, eps: float, restarts: int, generator: Generator
+) -> tuple[list[dict], list[Tensor]]:
+    """Accuracies under PGD at ε (of 1) by its `STEPS`, from one start and from several; and who survives, bool (N,)."""
+    rows, safe = [], []
+    for steps in STEPS:
+        once, often = (survivors(model, split, ascents(model, eps, steps, n, generator)) for n in (1, restarts))
+        rows.append(said({"steps": steps, "one start": share(once), "several starts": share(often)}))
+        safe += [once, often]
+    return rows, safe
+
+
+def draw_ascent(
+    model: nn.Module, split: Split, args: argparse.Namespace, alpha: float, classes: list[str], about: str
+) -> dict[str, Figure]:
+    """The iterative attack on the first images, step by step (α of 1): the file's name of each figure → the figure."""
+    x, y = pixels(split.x[:BATCH]), split.y[:BATCH]
+    stages = [x, *ascent(model, x, x, y, args.eps / 255, alpha, args.steps)]
     rise = np.stack([losses(model, moved, y).cpu().numpy() for moved in stages])  # (steps + 1, n)
     answers = [logits_of_floats(model, moved).softmax(1).cpu().numpy() for moved in stages]  # (n, K) each
     right = np.stack([p.argmax(1) == y.cpu().numpy() for p in answers])  # (steps + 1, n)
-
-    for kind, chosen in {"correct": clean, "incorrect": ~clean}.items():
-        at = torch.nonzero(chosen)[:SHOWN, 0]
-        figure = draw_gradients(model, Split(whole.x[at], whole.y[at]), state["classes"], kind, about)
-        save_figure(figure, run.path(f"grad_visuals_{kind}.png"))
-    save_figure(draw_loss_curve(rise, right, args.eps, 255 * alpha, about), run.path("attack_loss_curve.png"))
     example = int(right[0].argmax())  # the first that is right before the attack
-    figure = draw_progression(
-        np.stack([moved[example].cpu().numpy() for moved in stages]),
-        np.stack([p[example] for p in answers]),
-        state["classes"],
-        int(y[example]),
-        args.eps,
-        about,
-    )
-    save_figure(figure, run.path("attack_image_progression_example0.png"))
-    save_figure(
-        draw_by_eps(by_eps, args.eps, found["clean_of_some"], len(some), about), run.path("accuracy_vs_eps.png")
-    )
-    save_figure(draw_by_steps(by_steps, args, len(some), about), run.path("accuracy_vs_steps.png"))
-    save_figure(draw_checks(checks, about), run.path("masking_checks.png"))
-    shared = {"network": state["config"]["network"], "checkpoint": str(path), "eps": args.eps, "alpha": 255 * alpha}
-    shared |= {
-        "test_images": len(whole),
-        "images": len(some),
-        "restarts": args.restarts,
-        "accuracy": found,
-        "pgd20_seconds": pgd20_seconds,
+    images = np.stack([moved[example].cpu().numpy() for moved in stages])  # (steps + 1, 3, H, W)
+    its_answers = np.stack([p[example] for p in answers])  # (steps + 1, K)
+    progression = draw_progression(images, its_answers, classes, int(y[example]), args.eps, about)
+    return {
+        "attack_loss_curve": draw_loss_curve(rise, right, args.eps, 255 * alpha, about),
+        "attack_image_progression_example0": progression,
     }
-    shared |= {"strongest": worst, "interval": list(wilson_interval(round(worst * len(some)), len(some)))}
-    return run.finish({**shared, "by_eps": by_eps, "by_steps": by_steps, "checks": checks})
 
 
 def draw_gradients(model: nn.Module, split: Split, classes: list[str], kind: str, about: str):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cnn_cifar.checkpoints import find_checkpoint, load_network, load_test
+from cnn_cifar.checkpoints import add_ckpt_flag, find_checkpoint, load_network, load_test
 from cnn_cifar.inputs import SHAPE, logits_of
 from shared_utils.cli import make_parser, run_main
 from shared_utils.data import image_files, read_image
@@ -36,9 +36,7 @@ def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset="cifar10")
     parser.add_argument("paths", nargs="*", metavar="PICTURE", help="image files, or folders of them")
-    parser.add_argument(
-        "--ckpt", metavar="FILE", help="a trained network (default: allcnn.py's, or else fast_cifar.py's)"
-    )
+    add_ckpt_flag(parser)
     return parser
 
 
@@ -56,7 +54,7 @@ def main(argv=None) -> dict:
     """Classify what is asked for; returns the metrics."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    path = args.ckpt or find_checkpoint(args)
+    path = find_checkpoint(args)
     network, state = load_network(path, device)
     classes, labels, source = state["classes"], None, "the pictures given"
     if args.paths:

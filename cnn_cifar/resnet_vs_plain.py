@@ -108,7 +108,6 @@ def main(argv=None) -> dict:
             "epochs": args.epochs,
             "train_images": len(data.train),
             "seeds": args.seeds,
-            "device": device.type,
             "depths": table,
             "deepest": deepest["depth"],
             "deepest_residual": deepest["residual"],

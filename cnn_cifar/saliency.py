@@ -38,7 +38,7 @@ from cnn_cifar.attributions import (
     randomized,
     rank_correlation,
 )
-from cnn_cifar.checkpoints import find_checkpoint, load_network, load_test
+from cnn_cifar.checkpoints import add_ckpt_flag, find_checkpoint, load_network, load_test
 from cnn_cifar.fast_net import FastNet
 from cnn_cifar.inputs import logits_of, pixels
 from cnn_cifar.models import AllCNN
@@ -58,9 +58,7 @@ Maps = Callable[[nn.Module, Tensor, Tensor], Tensor]
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset="cifar10", quick={"images": 6, "steps": 4, "parts": 4})
-    parser.add_argument(
-        "--ckpt", metavar="FILE", help="a trained network (default: allcnn.py's, or else fast_cifar.py's)"
-    )
+    add_ckpt_flag(parser)
     parser.add_argument("--images", type=positive_int, default=200, help="test images, of those the network gets right")
     parser.add_argument("--steps", type=positive_int, default=32, help="terms of integrated gradients' sum")
     parser.add_argument("--parts", type=positive_int, default=16, help="parts in which the pixels are taken away")
@@ -83,7 +81,7 @@ def main(argv=None) -> dict:
     """Draw the maps, test them; returns the metrics."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    path = args.ckpt or find_checkpoint(args)
+    path = find_checkpoint(args)
     model, state = load_network(path, device)
     test = load_test(args, path, state)
     images, y = torch.from_numpy(test.x).to(device), torch.from_numpy(test.y).to(device)
@@ -100,43 +98,14 @@ def main(argv=None) -> dict:
         "Grad-CAM": lambda model, x, k: grad_cam(model, x, k, cam_layer(model)),
     }
     maps = {name: over_batches(method, model, x, k) for name, method in methods.items()}
-    with torch.no_grad():
-        gap = model(x[:BATCH]) - model(baseline_of(x[:BATCH]))
-    gap = gap.gather(1, k[:BATCH, None])[:, 0]
-    missing = (maps["integrated gradients"][:BATCH].sum((1, 2)) - gap).abs().mean() / gap.abs().mean()
-
-    forgotten, steps, examples, few = ["none"], [], {}, slice(0, BATCH)
-    compared = {name: values[few] for name, values in maps.items()}
-    compared["|integrated gradients|"] = compared["integrated gradients"].abs()
-    for name, broken in randomized(model):
-        forgotten.append(name)
-        found = {method: over_batches(draw, broken, x[few], k[few]) for method, draw in methods.items()}
-        examples |= {(method, name): values[0].cpu().numpy() for method, values in found.items()}
-        found["|integrated gradients|"] = found["integrated gradients"].abs()
-        each = {method: rank_correlation(compared[method], values) for method, values in found.items()}
-        empty = max(values.isnan().float().mean().item() for values in each.values())
-        means = {m: None if values.isnan().all() else values.nanmean().item() for m, values in each.items()}
-        steps.append({"shuffled_down_to": name, **means, "most_empty_maps": empty})
-        shown = ", ".join(f"{m} {'–' if value is None else format(value, '.2f')}" for m, value in means.items())
-        print(f"{name} shuffled: {shown}", flush=True)
-
-    curves, areas = {}, []
-    for name, values in maps.items():
-        row = {"map": name}
-        for kind in KINDS:
-            pair = [tested(model, x, k, order, args.parts, kind) for order in (values, values.roll(1, 0))]
-            curves[name, kind] = [both.mean(0).cpu().numpy() for both in pair]
-            own, others = (area(both).cpu().numpy() for both in pair)
-            gain = others - own if kind == "deletion" else own - others  # better is above 0 for both
-            row |= {kind: own.mean(), f"{kind}_by_another": others.mean()}
-            row |= {f"{kind}_gain": gain.mean(), f"{kind}_gain_half_width": half_width(gain)}
-        areas.append(row)
+    steps, examples = randomization_test(model, x[:BATCH], k[:BATCH], methods, maps)
+    curves, areas = deletion_and_insertion(model, x, k, maps, args.parts)
 
     about = f"{state['config']['network']} trained on {state['title']}"
     figure = draw_maps(images[right[:SHOWN]].cpu().numpy(), maps, [state["classes"][i] for i in k[:SHOWN]], about)
     save_figure(figure, run.path("saliency_maps.png"))
     original = {name: values[0].cpu().numpy() for name, values in maps.items()}
-    figure = draw_randomization(forgotten, steps, original, examples, len(x[few]), about)
+    figure = draw_randomization(steps, original, examples, len(x[:BATCH]), about)
     save_figure(figure, run.path("randomization.png"))
     save_figure(draw_curves(curves, areas, args.parts, len(x), about), run.path("deletion_insertion.png"))
     return run.finish(
@@ -144,12 +113,65 @@ def main(argv=None) -> dict:
             "network": state["config"]["network"],
             "checkpoint": str(path),
             "images": len(x),
-            "completeness_error": missing.item(),
+            "completeness_error": completeness_error(model, x[:BATCH], k[:BATCH], maps["integrated gradients"][:BATCH]),
             "randomization": steps,
             "last": steps[-1],
             "areas": areas,
         }
     )
+
+
+def completeness_error(model: nn.Module, x: Tensor, k: Tensor, values: Tensor) -> float:
+    """By how much the sums of maps (N, H, W) miss z_k(x) − z_k(baseline), as a fraction of its mean size."""
+    with torch.no_grad():
+        gap = model(x) - model(baseline_of(x))  # (N, K)
+    gap = gap.gather(1, k[:, None])[:, 0]
+    return ((values.sum((1, 2)) - gap).abs().mean() / gap.abs().mean()).item()
+
+
+def randomization_test(
+    model: nn.Module, x: Tensor, k: Tensor, methods: dict[str, Maps], maps: dict[str, Tensor]
+) -> tuple[list[dict], dict[tuple[str, str], np.ndarray]]:
+    """Rank correlation with the maps as trained, after each layer's shuffling, over the images x (N, 3, H, W).
+
+    maps: as trained, (N or more, H, W) of each method, those of x first. Returns a row for each layer (None where all
+    maps are empty), and (method, layer) → the first image's map (H, W).
+    """
+    rows, examples = [], {}
+    compared = {name: values[: len(x)] for name, values in maps.items()}
+    compared["|integrated gradients|"] = compared["integrated gradients"].abs()
+    for name, broken in randomized(model):
+        found = {method: over_batches(draw, broken, x, k) for method, draw in methods.items()}
+        examples |= {(method, name): values[0].cpu().numpy() for method, values in found.items()}
+        found["|integrated gradients|"] = found["integrated gradients"].abs()
+        each = {method: rank_correlation(compared[method], values) for method, values in found.items()}
+        empty = max(values.isnan().float().mean().item() for values in each.values())
+        means = {m: None if values.isnan().all() else values.nanmean().item() for m, values in each.items()}
+        rows.append({"shuffled_down_to": name, **means, "most_empty_maps": empty})
+        shown = ", ".join(f"{m} {'–' if value is None else format(value, '.2f')}" for m, value in means.items())
+        print(f"{name} shuffled: {shown}", flush=True)
+    return rows, examples
+
+
+def deletion_and_insertion(
+    model: nn.Module, x: Tensor, k: Tensor, maps: dict[str, Tensor], parts: int
+) -> tuple[dict[tuple[str, str], list[np.ndarray]], list[dict]]:
+    """Each map's test by pixels taken away and put in, against another image's map.
+
+    Returns (map, kind) → the two mean curves (parts + 1,), and the areas below them: a row for each map.
+    """
+    curves, areas = {}, []
+    for name, values in maps.items():
+        row = {"map": name}
+        for kind in KINDS:
+            pair = [tested(model, x, k, order, parts, kind) for order in (values, values.roll(1, 0))]
+            curves[name, kind] = [both.mean(0).cpu().numpy() for both in pair]
+            own, others = (area(both).cpu().numpy() for both in pair)
+            gain = others - own if kind == "deletion" else own - others  # better is above 0 for both
+            row |= {kind: own.mean(), f"{kind}_by_another": others.mean()}
+            row |= {f"{kind}_gain": gain.mean(), f"{kind}_gain_half_width": half_width(gain)}
+        areas.append(row)
+    return curves, areas
 
 
 def tested(model: nn.Module, x: Tensor, k: Tensor, order: Tensor, parts: int, kind: str) -> Tensor:
@@ -187,8 +209,9 @@ def show_map(ax, values: np.ndarray, method: str) -> None:
     )
 
 
-def draw_randomization(forgotten: list[str], steps: list[dict], original: dict, examples: dict, n: int, about: str):
+def draw_randomization(steps: list[dict], original: dict, examples: dict, n: int, about: str):
     """Rank correlation with the original map against the layers shuffled, and the first image's maps on the way."""
+    forgotten = ["none", *(row["shuffled_down_to"] for row in steps)]
     some = [forgotten[i] for i in np.unique(np.linspace(1, len(forgotten) - 1, 4).round().astype(int))]
     figure = new_figure(width=11.0, height=4.8)[0]
     figure.clear()

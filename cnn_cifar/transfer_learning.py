@@ -159,7 +159,6 @@ def main(argv=None) -> dict:
             "width": args.width,
             "epochs": args.epochs,
             "seeds": args.seeds,
-            "device": device.type,
             "test_images": len(data.test),
             **found,
             "labels": table,
@@ -175,18 +174,15 @@ def pretrained(source: Data, args: argparse.Namespace, run: Run) -> tuple[dict[s
     """A ResNet-18 trained on all of the source, which is kept as source.pth, and its metrics."""
     path = run.path("source.pth")
     if not (args.resume and path.exists()):
-        started = time.perf_counter()
         seed_everything(args.seed)
         updates = max(1, args.source_epochs * (len(source.train) // args.batch_size))
         network = complete(backbone(args.width, None, ""), args.width, len(source.classes), source.train.x.device)
         loss = fit(network, source.train, args.source_lr, updates, args.seed, args)
         check_finite(loss, updates, args.source_lr, "--source-lr")
         right = accuracy(network, source.test, args)
-        found = {"source_accuracy": right, "source_images": len(source.train), "source_updates": updates}
         print(f"pretrained on {source.title}: {right:.2%} of its test images", flush=True)
-        found["source_seconds"] = time.perf_counter() - started
         weights = {name: value.cpu() for name, value in network[1].state_dict().items()}
-        checkpoint.save(path, model=weights, origin=source.title, found=found)
+        checkpoint.save(path, model=weights, origin=source.title, found={"source_accuracy": right})
     state = checkpoint.load(path)
     return state["model"], state["found"]
 

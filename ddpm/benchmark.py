@@ -37,6 +37,7 @@ from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 
 OURS, PEER = "this UNet", "a common UNet"
+PEER_DIM = 32  # its channels at 28×28
 PRECISIONS = {"float32": False, "bfloat16": True}  # whether products run in bfloat16
 
 
@@ -79,10 +80,10 @@ class PeerUNet(nn.Module):
     attention: at 28×28 and 14×14, `full` or `linear`; at 7×7 it is full.
     """
 
-    def __init__(self, attention: str, dim: int = 32):
+    def __init__(self, attention: str):
         super().__init__()
-        sizes, width = [dim, dim, 2 * dim, 4 * dim], 4 * dim
-        self.dim = dim
+        dim, width = PEER_DIM, 4 * PEER_DIM
+        sizes = [dim, dim, 2 * dim, 4 * dim]
         self.time = nn.Sequential(nn.Linear(dim, width), nn.GELU(), nn.Linear(width, width), nn.SiLU())
         self.first = nn.Conv2d(1, dim, 7, padding=3)
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
@@ -101,7 +102,7 @@ class PeerUNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """See the class."""
-        time = self.time(time_embedding(t, self.dim))
+        time = self.time(time_embedding(t, PEER_DIM))
         x = self.first(x)
         start, kept = x, []
         for block1, block2, attention, smaller in self.downs:

@@ -13,6 +13,11 @@ from shared_utils.cli import UserError
 from shared_utils.runs import find_output
 
 
+def add_ckpt_flag(parser: argparse.ArgumentParser) -> None:
+    """`--ckpt`, which `find_checkpoint` reads."""
+    parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train_ddpm.py's ema.pth)")
+
+
 def find_checkpoint(args: argparse.Namespace) -> Path:
     """`--ckpt`, or train_ddpm.py's mean weights. Errors: `UserError` with the command that makes them."""
     return Path(args.ckpt) if args.ckpt else find_output(args, "train_ddpm", "ema.pth")

@@ -19,12 +19,13 @@ Shapes: N images uint8 (N, 1, S, S), S = 14.
 """
 
 import argparse
+from dataclasses import replace
 
 import numpy as np
 
 from ddpm.evaluate import distances
 from ddpm.features import seen, trained
-from ddpm.inputs import FEWEST, Data, Part, add_data_flags, load
+from ddpm.inputs import FEWEST, Data, add_data_flags, load
 from shared_utils.checkpoint import load_arrays
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.data import binarize, downsample
@@ -85,7 +86,7 @@ def main(argv=None) -> dict:
     images, large = samples_of(args, data, about[DIFFUSION][-1]["model"])
     run = start_run(args)
     train, val, test = (coarse(part.x) for part in (data.train, data.val, data.test))
-    classifier = trained(Part(train, data.train.y), len(data.classes), args.epochs, args.seed, device)
+    classifier = trained(replace(data.train, x=train), len(data.classes), args.epochs, args.seed, device)
     n = min(args.n, len(val), *(len(each) for each in images.values()))
     (real, _), (features, probabilities) = seen(classifier, val[:n]), seen(classifier, test)
     quality = {
@@ -167,9 +168,10 @@ def table(about: dict, quality: dict[str, dict], stability: dict, data: Data) ->
         name = {"frechet": "Fréchet distance"}.get(key, key)
         real = format(quality[VAE][f"{key}_of_real"], spec)
         rows.append((f"quality: {name} (real images {real})", f"{mine}; pixels drawn {drawn}", other))
-    rose = [
-        f"rose at {rises} of {looks} looks, by {most:.1%} at most" for rises, looks, most in map(stability.get, READ)
-    ]
+    rose = []
+    for name in (VAE, DIFFUSION):
+        rises, looks, most = stability[name]
+        rose.append(f"rose at {rises} of {looks} looks, by {most:.1%} at most")
     rows += [
         ("stability: the held-out loss", *rose),
         (

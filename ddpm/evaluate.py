@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpm.checkpoints import fingerprint, load_model
+from ddpm.checkpoints import add_ckpt_flag, fingerprint, load_model
 from ddpm.diffusion import GaussianDiffusion, Model
 from ddpm.features import covered, frechet_distance, frechet_error, nearest, seen, trained
 from ddpm.inputs import FEWEST, Data, add_data_flags, load, scaled
@@ -46,7 +46,7 @@ def build_parser():
     quick = {"epochs": 1, "compared": 100, "level_images": 20, "bound_images": 10}
     parser = make_parser(__doc__, quick=quick)
     add_data_flags(parser)
-    parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train_ddpm.py's ema.pth)")
+    add_ckpt_flag(parser)
     parser.add_argument("--samples", metavar="FILE", help="what sampling.py wrote (default: its samples.npz)")
     parser.add_argument("--epochs", type=positive_int, default=5, help="of the classifier")
     parser.add_argument("--compared", type=positive_int, default=2000, help="images whose nearest neighbour is found")

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.inputs import Part, scaled
-from shared_utils.data import minibatches
+from ddpm.inputs import scaled
+from shared_utils.data import Images, minibatches
 from shared_utils.device import autocast
 from shared_utils.modes import evaluating
 from shared_utils.schedules import one_cycle
@@ -52,15 +52,15 @@ class Classifier(nn.Module):
 
 
 def trained(
-    part: Part, n_classes: int, epochs: int, seed: int, device: torch.device, batch_size: int = 128
+    images: Images, n_classes: int, epochs: int, seed: int, device: torch.device, batch_size: int = 128
 ) -> Classifier:
-    """A classifier of the part's images in evaluation mode; AdamW with a one-cycle learning rate, in bfloat16."""
+    """A classifier of the images in evaluation mode; AdamW with a one-cycle learning rate, in bfloat16."""
     torch.manual_seed(seed)
-    model = Classifier(part.x.shape[1], n_classes).to(device, memory_format=torch.channels_last).train()
+    model = Classifier(images.x.shape[1], n_classes).to(device, memory_format=torch.channels_last).train()
     peak = 5e-3
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01, fused=True)
     rng, step = np.random.default_rng(seed), 0
-    x, y = torch.from_numpy(part.x).to(device), torch.from_numpy(part.y).to(device)
+    x, y = torch.from_numpy(images.x).to(device), torch.from_numpy(images.y).to(device)
     updates = epochs * -(-len(x) // batch_size)
     for _ in range(epochs):
         for batch in minibatches(len(x), batch_size, rng):
@@ -141,6 +141,6 @@ def nearest(x: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     a, b = (torch.from_numpy(each.reshape(len(each), -1)).float() / 255 for each in (x, others))
     best = [_squared_distances(some, b).min(1) for some in a.split(TOGETHER)]
-    return tuple(
-        torch.cat(each).numpy() for each in ([found.values.sqrt() for found in best], [f.indices for f in best])
-    )
+    distances = torch.cat([found.values.sqrt() for found in best])
+    which = torch.cat([found.indices for found in best])
+    return distances.numpy(), which.numpy()

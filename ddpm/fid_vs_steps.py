@@ -20,7 +20,7 @@ import argparse
 import numpy as np
 import torch
 
-from ddpm.checkpoints import fingerprint, load_model
+from ddpm.checkpoints import add_ckpt_flag, fingerprint, load_model
 from ddpm.features import Classifier, frechet_distance, frechet_error, seen, trained
 from ddpm.inputs import FEWEST, Data, add_data_flags, load
 from ddpm.sampling import draw_all
@@ -44,7 +44,7 @@ def build_parser():
     quick = {"epochs": 1, "steps": [2, 4], "n": 20, "batch_size": 10}
     parser = make_parser(__doc__, quick=quick)
     add_data_flags(parser)
-    parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train_ddpm.py's ema.pth)")
+    add_ckpt_flag(parser)
     parser.add_argument("--steps", type=positive_int, nargs="+", default=[10, 20, 50, 100, 250], help="of the solvers")
     parser.add_argument("--n", type=positive_int, default=2000, help="images drawn for each point")
     parser.add_argument("--without-ddpm", action="store_true", help="leave out DDPM, which takes all steps")
@@ -84,10 +84,10 @@ def main(argv=None) -> dict:
         distance, error = frechet_distance(features, test), frechet_error(features, test)
         row = {"sampler": name, "steps": each, "frechet": distance, "standard_error": error}
         run.log(**row, times_the_floor=distance / floor, seconds=seconds)
-    rows = [
-        {"sampler": row.pop("sampler"), "steps": int(row.pop("steps")), **{k: float(value) for k, value in row.items()}}
-        for row in run.history()
-    ]
+    rows = []
+    for row in run.history():
+        numbers = {name: float(value) for name, value in row.items() if name != "sampler"}
+        rows.append({"sampler": row["sampler"], **numbers, "steps": int(row["steps"])})
     outcome = findings(rows)
     save_figure(draw(rows, floor, outcome, args.n, data.title), run.path("fid_vs_steps.png"))
     return run.finish({"n": args.n, "floor": floor, **outcome, "points": rows})

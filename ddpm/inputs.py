@@ -11,29 +11,18 @@ import torch
 from torch import Tensor
 
 from shared_utils.cli import UserError, positive_int
-from shared_utils.data import load_images
+from shared_utils.data import Images, load_images
 
 FEWEST = 10  # images in a part, at least
-
-
-@dataclass(frozen=True)
-class Part:
-    """Images x uint8 (N, C, H, W) and labels y int64 (N,)."""
-
-    x: np.ndarray
-    y: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.y)
 
 
 @dataclass(frozen=True)
 class Data:
     """The three parts, the classes' names and the set's title."""
 
-    train: Part
-    val: Part
-    test: Part
+    train: Images
+    val: Images
+    test: Images
     classes: tuple[str, ...]
     title: str
 
@@ -57,8 +46,7 @@ def load(args: argparse.Namespace) -> Data:
         raise UserError(
             f"--val-size {held_out}: of {train.title}'s {len(train)} images hold out {FEWEST} or more, leave {FEWEST}"
         )
-    first, last = Part(train.x[:cut], train.y[:cut]), Part(train.x[cut:], train.y[cut:])
-    return Data(first, last, Part(test.x, test.y), train.classes, train.title)
+    return Data(train[:cut], train[cut:], test, train.classes, train.title)
 
 
 def scaled(x: Tensor) -> Tensor:

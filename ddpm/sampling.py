@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ddpm.checkpoints import fingerprint, load_model
+from ddpm.checkpoints import add_ckpt_flag, fingerprint, load_model
 from ddpm.diffusion import SCHEDULES, GaussianDiffusion, Model
 from ddpm.inputs import scaled, shades
 from ddpm.unet import UNet
@@ -57,7 +57,7 @@ FOLLOWED, MOMENTS = 5, 9  # images of denoising.png, and how often each is shown
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, quick={"n": 20, "batch_size": 10})
-    parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train_ddpm.py's ema.pth)")
+    add_ckpt_flag(parser)
     parser.add_argument("--sampler", choices=tuple(DEFAULT_STEPS), default="dpm", help="how to go from noise to image")
     parser.add_argument("--steps", type=positive_int, help="of the sampler (default: ddpm all, ddim 50, dpm 20)")
     parser.add_argument("--eta", type=fraction, default=0.0, help="how much noise DDIM's steps add; 1: as DDPM's")

@@ -34,11 +34,11 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.diffusion import PREDICTIONS, SCHEDULES, GaussianDiffusion
-from ddpm.inputs import Data, Part, add_data_flags, load, scaled, shades
+from ddpm.inputs import Data, add_data_flags, load, scaled, shades
 from ddpm.unet import UNet
 from shared_utils import checkpoint
 from shared_utils.cli import UserError, add_amp, fraction, make_parser, positive_float, positive_int, run_main
-from shared_utils.data import minibatches
+from shared_utils.data import Images, minibatches
 from shared_utils.device import autocast
 from shared_utils.distributed import World, main_first, process_group, shard, total, wrap
 from shared_utils.modes import evaluating
@@ -128,8 +128,7 @@ def train(args: argparse.Namespace, world: World) -> dict:
             optimizer.load_state_dict(saved)
         first, seconds = state["epoch"], state["seconds"]
         losses[: first * per_epoch], levels[:first] = state["losses"], state["levels"]
-    if args.resume:
-        run.rewind(first)
+    run.rewind(first)
 
     flag = "--lr or --muon-lr" if args.optimizer == "muon" else "--lr"
     for epoch in range(first, args.epochs):
@@ -216,18 +215,18 @@ def follow(ema: nn.Module, model: nn.Module, decay: float) -> None:
 
 @torch.no_grad()
 def losses_by_level(
-    diffusion: GaussianDiffusion, model: UNet, part: Part, n: int, amp: bool, together: int = 250
+    diffusion: GaussianDiffusion, model: UNet, images: Images, n: int, amp: bool, together: int = 250
 ) -> Tensor:
     """The mean loss in each tenth of the steps, (LEVELS,): n images, each at a step of its own, with its own noise."""
     device = next(model.parameters()).device
-    n = min(n, len(part))
+    n = min(n, len(images))
     rng = torch.Generator().manual_seed(0)
     t = ((torch.arange(n) + 0.5) * diffusion.timesteps / n).long()[torch.randperm(n, generator=rng)]
-    noise = torch.randn(n, *part.x.shape[1:], generator=rng)
+    noise = torch.randn(n, *images.x.shape[1:], generator=rng)
     found = []
     with evaluating(model), autocast(device, amp):
         for at in torch.arange(n).split(together):
-            x0 = scaled(torch.from_numpy(part.x[at]).to(device))
+            x0 = scaled(torch.from_numpy(images.x[at]).to(device))
             found.append(diffusion.losses(model, x0, t[at].to(device), noise[at].to(device)).cpu())
     level = t * LEVELS // diffusion.timesteps
     found = torch.cat(found)

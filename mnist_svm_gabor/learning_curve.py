@@ -19,10 +19,10 @@ from mnist_svm_gabor.protocol import Fold, choose_and_fit, default_grid, folds
 from shared_utils.cli import UserError, add_seeds, make_parser, positive_int, run_main
 from shared_utils.data import Images, load_images, stratified_order
 from shared_utils.device import pick_device
-from shared_utils.plotting import mean_std, new_figure, save_figure
+from shared_utils.plotting import mean_band, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
-from shared_utils.stats import mean_std as mean_and_std
+from shared_utils.stats import mean_std
 
 KERNELS = ("linear", "rbf")
 CLAIM = (8, 12)  # points: what a student project's report gives for Gabor features
@@ -86,7 +86,7 @@ def table(error: dict, sizes: list[int]) -> list[dict]:
         for kernel in KERNELS:
             raw, gabor = error["raw", kernel][:, s], error["gabor", kernel][:, s]
             gains = (raw - gabor)[~np.isnan(raw)]
-            gain, spread = mean_and_std(gains)
+            gain, spread = mean_std(gains)
             accuracies = {"raw": 100 - np.nanmean(raw), "gabor": 100 - np.nanmean(gabor)}
             rows.append(
                 {
@@ -105,7 +105,7 @@ def draw(error: dict, sizes: list[int], title: str):
     figure, axes = new_figure(1, 2, width=12, height=4.8)
     names = {"raw": "raw pixels", "gabor": "Gabor features", "linear": "linear", "rbf": "RBF"}
     for index, ((features, kernel), values) in enumerate(error.items()):
-        mean_std(axes[0, 0], sizes, values, label=f"{names[features]}, {names[kernel]}", index=index)
+        mean_band(axes[0, 0], sizes, values, label=f"{names[features]}, {names[kernel]}", index=index)
     axes[0, 0].set(
         xscale="log",
         yscale="log",
@@ -122,7 +122,7 @@ def draw(error: dict, sizes: list[int], title: str):
     gains = {}
     for index, kernel in enumerate(KERNELS):
         gains[kernel] = error["raw", kernel] - error["gabor", kernel]
-        mean_std(axes[0, 1], sizes, gains[kernel], label=names[kernel], index=index)
+        mean_band(axes[0, 1], sizes, gains[kernel], label=names[kernel], index=index)
     axes[0, 1].axhline(0, color="black", linewidth=0.8)
     axes[0, 1].set(xscale="log", xlabel="training images", ylabel="gain (percentage points)", title="Gabor minus raw")
     axes[0, 1].legend()

@@ -38,6 +38,7 @@ from shared_utils.cli import at_least, make_parser, positive_int, run_main
 from shared_utils.device import cpu_threads, pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
 from shared_utils.runs import start_run
+from shared_utils.schedules import half_cosine
 from shared_utils.seeding import seed_everything
 
 PARITY_SIZES = (20, 100, 300)  # points of the networks that are compared in float64: less than a batch, and more
@@ -105,7 +106,7 @@ def train_alone(
     for epoch in range(1, epochs + 1):
         batches, _ = epoch_batches([len(points)], batch_size, [rng])  # (U, 1, B)
         for at in batches[:, 0].to(like.device):
-            steps.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / updates)) / 2
+            steps.param_groups[0]["lr"] = half_cosine(step, updates, lr)
             steps.zero_grad()
             nn.functional.mse_loss(net(x[at]), y[at]).backward()
             steps.step()

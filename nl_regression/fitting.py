@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nl_regression.model import EnsembleMLP
 from nl_regression.target import GRID, target
+from shared_utils.schedules import half_cosine
 
 UPDATES_PER_EPOCH = 16
 OPTIMIZERS = ("sgd", "adam")
@@ -90,7 +91,7 @@ def fit(
         losses = []
         for at in batches:  # (M, B)
             if schedule == "cosine":
-                steps.param_groups[0]["lr"] = lr * (1 + math.cos(math.pi * step / updates)) / 2
+                steps.param_groups[0]["lr"] = half_cosine(step, updates, lr)
             error = model(x.gather(1, at)) - y.gather(1, at)  # (M, B)
             loss = (weights * error**2).sum(1)  # (M,)
             steps.zero_grad()

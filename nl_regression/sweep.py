@@ -22,10 +22,10 @@ from nl_regression.results import FITS, KNOWS, Networks, plain
 from nl_regression.target import GRID, deltas, target
 from shared_utils.cli import UserError, at_least, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
-from shared_utils.plotting import COLORS, line_style, mean_std, new_figure, save_figure
+from shared_utils.plotting import COLORS, line_style, mean_band, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
-from shared_utils.stats import mean_std as mean_and_std
+from shared_utils.stats import mean_std
 
 SIZES = sorted({round(float(n)) for n in np.logspace(1, 3, 20)})  # 10 … 1,000
 TABLE = [8, 32, 128, 256]
@@ -104,7 +104,7 @@ def summary(networks: Networks) -> dict:
     row = {"n": int(networks.n[0]), "diverged": len(networks) - len(fine)}
     delta_in, delta_out = deltas(fine.values)
     for name, values in (("train_mse", fine.train_mse), ("delta_in", delta_in), ("delta_out", delta_out)):
-        mean, std = mean_and_std(values) if len(fine) else (np.nan, np.nan)
+        mean, std = mean_std(values) if len(fine) else (np.nan, np.nan)
         row |= {name: mean, f"{name}_std": std}
         row |= {f"median_{name}": float(np.median(values)) if len(fine) else np.nan}
         row |= {f"largest_{name}": float(values.max()) if len(fine) else np.nan}
@@ -156,7 +156,7 @@ def draw_deltas(found: Networks, rows: list[dict], recipe: Recipe):
     table = {"δ_in, on [0, 1]": delta_in, "δ_out, on [0, 1.5]": delta_out, "train MSE": found.train_mse}
     for index, (name, values) in enumerate(table.items()):
         per_trial = np.array([values[found.n == n] for n in sizes]).T  # (T, sizes)
-        mean_std(axes[0, int(index == 2)], sizes, per_trial, label=f"{name}: mean ± std", index=index)
+        mean_band(axes[0, int(index == 2)], sizes, per_trial, label=f"{name}: mean ± std", index=index)
     left, right = axes[0]
     left.plot(sizes, [row["median_delta_in"] for row in rows], color=COLORS[0], linewidth=0.8, label="δ_in: median")
     left.set(xscale="log", yscale="log", xlabel="n, points on [0, 1]", ylabel="largest error")

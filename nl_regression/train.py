@@ -22,7 +22,7 @@ from nl_regression.target import GRID, deltas, target
 from shared_utils import checkpoint
 from shared_utils.cli import UserError, at_least, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
-from shared_utils.plotting import COLORS, line_style, mean_std, new_figure, save_figure
+from shared_utils.plotting import COLORS, line_style, mean_band, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 
@@ -93,7 +93,7 @@ def draw_training(curves: list, fine: np.ndarray, found: dict, about: str):
     epochs = [epoch for epoch, _, _ in curves]
     for index, (ax, label) in enumerate(zip(axes[0], ("mean squared error on the points", "δ_in"), strict=True)):
         values = np.array([row[index + 1][fine] for row in curves]).T  # (T, E)
-        mean_std(ax, epochs, values, label="mean ± std of the trials", index=index, marker=None)
+        mean_band(ax, epochs, values, label="mean ± std of the trials", index=index, marker=None)
         ax.set(xlabel="epochs of 16 updates", ylabel=label, yscale=("log", "linear")[index])
         ax.legend()
     said = (

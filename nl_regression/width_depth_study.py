@@ -24,10 +24,10 @@ from nl_regression.results import FITS, plain
 from nl_regression.target import deltas
 from shared_utils.cli import UserError, at_least, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
-from shared_utils.plotting import mean_std, new_figure, save_figure
+from shared_utils.plotting import mean_band, new_figure, save_figure
 from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
-from shared_utils.stats import mean_std as mean_and_std
+from shared_utils.stats import mean_std
 
 WIDTHS = [16, 32, 64, 128, 256, 512, 1024]
 DEPTHS = [1, 2, 3, 4, 5]
@@ -90,7 +90,7 @@ def measure(recipe: Recipe, args, device) -> dict:
     row = {"width": recipe.width, "depth": recipe.depth}
     row["parameters"] = sum(p.numel() for p in model.parameters()) // args.trials
     for name, values in (("train_mse", fit.train_mse), ("delta_in", deltas(fit.values)[0])):
-        row[name], row[f"{name}_std"] = mean_and_std(values[fine]) if fine.any() else (np.nan, np.nan)
+        row[name], row[f"{name}_std"] = mean_std(values[fine]) if fine.any() else (np.nan, np.nan)
         row[f"trials_{name}"] = np.where(fine, values, np.nan).tolist()
     row["diverged"] = int((~fine).sum())
     row["meets_its_points"] = bool(fine.all() and fit.train_mse.max() <= FITS)
@@ -109,7 +109,7 @@ def finding(rows: list[dict], what: str) -> dict:
     best, largest = min(rows, key=lambda row: row["delta_in"]), rows[-1]
     differences = np.subtract(largest["trials_delta_in"], best["trials_delta_in"])  # (T,)
     differences = differences[np.isfinite(differences)]
-    mean, std = mean_and_std(differences) if len(differences) > 1 else (0.0, 0.0)
+    mean, std = mean_std(differences) if len(differences) > 1 else (0.0, 0.0)
     return {
         "best": best[what],
         "best_delta_in": best["delta_in"],
@@ -137,7 +137,7 @@ def draw(widths: list[dict], depths: list[dict], outcome: dict, n: int, recipe: 
         sizes = [row[what] for row in rows]
         for index, (ax, key) in enumerate(zip(column, ("delta_in", "train_mse"), strict=True)):
             values = np.array([row[f"trials_{key}"] for row in rows]).T  # (T, sizes)
-            mean_std(ax, sizes, values, label="mean ± std of the trials", index=index)
+            mean_band(ax, sizes, values, label="mean ± std of the trials", index=index)
             ax.plot(sizes, values.T, ".", color="#555555", markersize=5)
             ax.plot([], [], ".", color="#555555", markersize=5, label="a trial")
             ax.set(yscale="log")

@@ -37,6 +37,7 @@ from shared_utils.cli import (
 from shared_utils.data import minibatches
 from shared_utils.plotting import COLORS, curves, new_figure, save_figure
 from shared_utils.runs import start_run
+from shared_utils.schedules import half_cosine
 from shared_utils.seeding import seed_everything
 from shared_utils.stats import mcnemar, mean_std
 
@@ -125,7 +126,7 @@ def train(points: Points, args, rng: np.random.Generator) -> tuple[Sequential, d
     best, total = {}, args.epochs * math.ceil(len(points.x_train) / args.batch_size)
     for _ in range(args.epochs):
         for at in minibatches(len(points.x_train), args.batch_size, rng):
-            optimizer.lr = max(args.lr * (1 + math.cos(math.pi * optimizer.t / total)) / 2, 1e-12)
+            optimizer.lr = max(half_cosine(optimizer.t, total, args.lr), 1e-12)
             with stopping(optimizer.t + 1, optimizer.lr, args.lr):
                 loss.forward(network.forward(points.x_train[at], training=True), points.y_train[at])
                 network.backward(loss.backward(), need_dx=False)

@@ -35,10 +35,10 @@ from numpy_nn.network import Sequential
 from numpy_nn.optimizers import Adam
 from shared_utils.cli import UserError, add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches, stratified_order
-from shared_utils.plotting import COLORS, mean_std, new_figure, save_figure
+from shared_utils.plotting import COLORS, mean_band, new_figure, save_figure
 from shared_utils.runs import Diverged, start_run, write_csv
-from shared_utils.stats import mcnemar, wilson_interval
-from shared_utils.stats import mean_std as mean_and_std
+from shared_utils.schedules import half_cosine
+from shared_utils.stats import mcnemar, mean_std, wilson_interval
 
 VARIANTS = ("max", "average", "strided")
 
@@ -80,7 +80,7 @@ def train(variant: str, lr: float, seed: int, data: Inputs, args, run) -> dict:
         started, total = time.perf_counter(), 0.0
         for at in minibatches(len(chosen), args.batch_size, rng):
             batch = chosen[at]
-            optimizer.lr = lr * (1 + math.cos(math.pi * step / updates)) / 2
+            optimizer.lr = half_cosine(step, updates, lr)
             with stopping(step + 1, optimizer.lr, lr, "--lrs", variant):
                 value = loss.forward(network.forward(data.x_train[batch], training=True), data.y_train[batch])
                 network.backward(loss.backward(), need_dx=False)
@@ -162,7 +162,7 @@ def main(argv=None) -> dict:
             "val_accuracy": [r["rows"][-1]["val_accuracy"] for r in of_variant],
             "train_loss": [r["rows"][-1]["train_loss"] for r in of_variant],
         }.items():
-            row[key], row[f"{key}_std"] = mean_and_std(values)
+            row[key], row[f"{key}_std"] = mean_std(values)
         row["first_seed_interval"] = wilson_interval(int(correct[0].sum()), len(data.y_test))
         fractions = [active_fractions(r["network"], data.x_val) for r in of_variant]
         row["active_fraction_1"], row["active_fraction_2"] = np.mean(fractions, axis=0)
@@ -200,7 +200,7 @@ def draw(runs: dict, variants: dict, tests: list, outcome: dict, seeds: list[int
         epochs = range(1, len(runs[variant, seeds[0]]["rows"]) + 1)
         for ax, key, scale in ((axes[0, 0], "train_loss", 1), (axes[0, 1], "val_accuracy", 100)):
             values = scale * np.array([[row[key] for row in runs[variant, seed]["rows"]] for seed in seeds])
-            mean_std(ax, epochs, values, label=f"{variant}, lr {variants[variant]['lr']:g}", index=index)
+            mean_band(ax, epochs, values, label=f"{variant}, lr {variants[variant]['lr']:g}", index=index)
         row = variants[variant]
         low, high = (100 * bound for bound in row["first_seed_interval"])
         mean, std = 100 * row["test_accuracy"], 100 * row["test_accuracy_std"]

@@ -28,9 +28,9 @@ from numpy_nn.mlp import ACTIVATIONS, build_mlp
 from numpy_nn.optimizers import Adam
 from shared_utils.cli import add_seeds, make_parser, non_negative_int, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
-from shared_utils.plotting import line_style, mean_std, new_figure, save_figure
+from shared_utils.plotting import line_style, mean_band, new_figure, save_figure
 from shared_utils.runs import start_run, write_json
-from shared_utils.stats import mean_std as mean_and_std
+from shared_utils.stats import mean_std
 
 WARM_UP = 0.05  # of all updates
 RECORDS = 60  # times that the gradient norms are recorded in a run
@@ -116,7 +116,7 @@ def main(argv=None) -> dict:
         last["test_accuracy"] = [evaluate(r["network"], data.x_test, data.y_test)[1] for r in runs]
         table[activation] = {}
         for key, values in last.items():
-            table[activation][key], table[activation][f"{key}_std"] = mean_and_std(values)
+            table[activation][key], table[activation][f"{key}_std"] = mean_std(values)
         ratios = [r["norms"][:, 0] / np.maximum(r["norms"][:, -1], 1e-30) for r in runs]  # (times,) each
         table[activation]["first_to_last_gradient"] = float(np.median(ratios))
         table[activation]["first_to_last_gradient_at_start"] = float(np.median([ratio[0] for ratio in ratios]))
@@ -145,7 +145,7 @@ def draw_curves(found: dict, table: dict, best: str, title: str):
         epochs = range(1, len(runs[0]["rows"]) + 1)
         for ax, key, scale in ((axes[0, 0], "train_loss", 1), (axes[0, 1], "val_accuracy", 100)):
             values = scale * np.array([[row[key] for row in r["rows"]] for r in runs])  # (seeds, epochs)
-            mean_std(ax, epochs, values, label=activation, index=index)
+            mean_band(ax, epochs, values, label=activation, index=index)
     axes[0, 0].set(xlabel="epochs", ylabel="training loss (nats)", yscale="log", title="training, as it goes")
     axes[0, 1].set(xlabel="epochs", ylabel="validation accuracy (%)", title="validation")
     for ax in axes.flat:

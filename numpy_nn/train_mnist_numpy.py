@@ -13,7 +13,6 @@ Writes curves.png, best.npz, best.json, last.npz, history.csv, metrics.json.
 """
 
 import json
-import math
 import time
 
 import numpy as np
@@ -28,6 +27,7 @@ from shared_utils.cli import make_parser, non_negative_float, positive_float, po
 from shared_utils.data import minibatches
 from shared_utils.plotting import line_style, new_figure, save_figure
 from shared_utils.runs import start_run, write_json
+from shared_utils.schedules import half_cosine
 from shared_utils.seeding import seed_everything
 from shared_utils.stats import wilson_interval
 
@@ -62,7 +62,7 @@ def learning_rate(step: int, steps: int, highest: float) -> float:
     warm = max(1, steps // 10)
     if step < warm:
         return highest * (step + 1) / warm
-    return highest * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+    return half_cosine(step - warm, max(1, steps - warm), highest)
 
 
 def save_last(path, network: Sequential, optimizer: Optimizer, rng: np.random.Generator, **numbers) -> None:

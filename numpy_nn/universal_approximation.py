@@ -27,10 +27,11 @@ from numpy_nn.network import Sequential
 from numpy_nn.optimizers import Adam
 from shared_utils.cli import add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
-from shared_utils.plotting import COLORS, mean_std, new_figure, save_figure
+from shared_utils.plotting import COLORS, mean_band, new_figure, save_figure
 from shared_utils.runs import start_run
+from shared_utils.schedules import half_cosine
 from shared_utils.seeding import seed_everything
-from shared_utils.stats import mean_std as mean_and_std
+from shared_utils.stats import mean_std
 
 TARGETS = {
     "sine": lambda x: np.sin(2 * np.pi * x),
@@ -78,7 +79,7 @@ def train(network: Sequential, x: np.ndarray, y: np.ndarray, x_test: np.ndarray,
     total = args.epochs * math.ceil(len(x) / args.batch_size)
     for _ in range(args.epochs):
         for at in minibatches(len(x), args.batch_size, rng):
-            optimizer.lr = max(args.lr * (1 + math.cos(math.pi * optimizer.t / total)) / 2, 1e-12)
+            optimizer.lr = max(half_cosine(optimizer.t, total, args.lr), 1e-12)
             with stopping(optimizer.t + 1, optimizer.lr, args.lr, name=name):
                 loss.forward(network.forward(x[at], training=True), y[at])
                 network.backward(loss.backward(), need_dx=False)
@@ -132,7 +133,7 @@ def main(argv=None) -> dict:
                 largest.append(float(np.abs(prediction - truth).max()))
                 if s == 0:
                     fitted[target, width] = prediction[:, 0]
-            mean, std = mean_and_std(errors[target, "adam"][:, w])
+            mean, std = mean_std(errors[target, "adam"][:, w])
             row = {"target": target, "width": width, "rmse": mean, "rmse_std": std}
             row |= {"rmse_least_squares": float(errors[target, "lstsq"][:, w].mean())}
             rows.append({**row, "largest_error": float(np.mean(largest))})
@@ -173,7 +174,7 @@ def draw_errors(errors: dict, widths: list[int], args):
         for index, target in enumerate(TARGETS):
             values = errors[target, how]
             # With least squares the deviation may exceed the mean, where a band says little: each seed instead.
-            mean_std(ax, widths, values if how == "adam" else values.mean(0, keepdims=True), label=target, index=index)
+            mean_band(ax, widths, values if how == "adam" else values.mean(0, keepdims=True), label=target, index=index)
             if how == "lstsq":
                 ax.plot(widths, values.T, ".", color=COLORS[index], alpha=0.4, ms=4)
         guide = np.array(widths, dtype=float)

@@ -139,9 +139,9 @@ def downsample(x: np.ndarray) -> np.ndarray:
     return (rows[..., ::2] + rows[..., 1::2]) / 4  # (N, C, H/2, W/2)
 
 
-def binarize(x: np.ndarray, threshold: float = 128) -> np.ndarray:
-    """1 where x > threshold, else 0; uint8, shaped like x."""
-    return (x > threshold).astype(np.uint8)
+def binarize(x: np.ndarray) -> np.ndarray:
+    """1 where x, in grey levels of 255, is above 128, else 0; uint8, shaped like x."""
+    return (x > 128).astype(np.uint8)
 
 
 def channel_statistics(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -70,7 +70,7 @@ def line_style(index: int) -> dict[str, str]:
     return {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[(index + index // len(COLORS)) % len(DASHES)]}
 
 
-def mean_std(
+def mean_band(
     ax: Axes, x: Sequence[float], values: np.ndarray, *, label: str, index: int = 0, marker: str | None = "o"
 ) -> None:
     """Draw the mean of `values` (runs, len(x)) against x, with a band of one sample standard deviation.

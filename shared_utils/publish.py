@@ -24,7 +24,7 @@ from pathlib import Path
 
 from shared_utils.cli import UserError
 from shared_utils.reproduce import Declared, declared_runs, experiments
-from shared_utils.runs import ROOT, figures, read_json, replacing
+from shared_utils.runs import ROOT, figures, read_json, write_text
 
 MAX_FIGURE_BYTES = 300_000
 _NAMES = ("AE", "ELBO", "F1", "FLOPs", "GFLOP", "GFLOPs", "Gabor", "K", "KL", "MB", "McNemar", "MSE", "NumPy", "PCA")
@@ -166,8 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     for readme in readmes():
         text = render(readme)
         if text != readme.read_text(encoding="utf-8"):
-            with replacing(readme) as beside:
-                beside.write_text(text, encoding="utf-8")
+            write_text(readme, text)
             print(f"rewrote {readme.relative_to(ROOT)}")
 
 

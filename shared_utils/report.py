@@ -7,7 +7,7 @@ import base64
 import html
 from pathlib import Path
 
-from shared_utils.runs import ROOT, figures, read_json, replacing
+from shared_utils.runs import ROOT, figures, read_json, write_text
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #ccc; --soft: #666; --back: #fff; --text: #111; --box: #f4f4f4; --bad: #a00; }
@@ -37,8 +37,7 @@ def write_report(path: Path, runs_dir: Path, experiments: list[str]) -> None:
         f"<h1>Deep learning from first principles</h1><nav>{links}</nav>{sections}</body></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
-        beside.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def _section(experiment: str, runs_dir: Path) -> str:

@@ -49,11 +49,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
             beside.unlink()
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically. Errors: as `replacing`; `UnicodeEncodeError` for half a character."""
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
 def write_json(path: str | Path, value: dict) -> None:
     """Write `value` (NumPy numbers and arrays are converted; NaN is refused with `ValueError`) atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_to_plain)
-    with replacing(path) as beside:
-        beside.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_to_plain) + "\n")
 
 
 def write_csv(path: str | Path, rows: list[dict]) -> None:
@@ -80,13 +84,6 @@ def _to_plain(value):
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"{type(value).__name__} has no place in a JSON file")
-
-
-def run_folder(args: argparse.Namespace, script: str | None = None) -> Path:
-    """The folder of this script's run, or of another script's of the same experiment (`--out` is this run's alone)."""
-    if script is None and args.out:
-        return Path(args.out)
-    return Path(args.runs_dir) / args.experiment / (script or args.script)
 
 
 def find_output(
@@ -215,7 +212,7 @@ def start_run(args: argparse.Namespace, *, writes: bool = True) -> Run:
     `writes=False` (ranks above 0) touches nothing.
     Errors: `UserError` when the folder cannot be written, another run is writing to it, or a resumed flag differs.
     """
-    folder = run_folder(args)
+    folder = Path(args.out) if args.out else Path(args.runs_dir) / args.experiment / args.script
     if not writes:
         return Run(args, folder, None, writes)
     flags = {key: value for key, value in vars(args).items() if key not in _NOT_FLAGS}

@@ -3,6 +3,14 @@
 import math
 
 
+def half_cosine(step: int, updates: int, peak: float) -> float:
+    """The learning rate of update `step` (from 0) of `updates`: from `peak` down along half a cosine; 0 at `updates`.
+
+    Source: Loshchilov and Hutter 2017.
+    """
+    return peak * (1 + math.cos(math.pi * step / updates)) / 2
+
+
 def one_cycle(step: int, updates: int, peak: float, rise: float = 0.25) -> float:
     """The learning rate of update `step` (from 0) of `updates`: up to `peak` along half a cosine, down to 0 again.
 

@@ -1,6 +1,7 @@
 """ddpm's comparison with the VAE: the same data, the same measure for both, and what is missing."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from ddpm import compare_vae, features
 from ddpm.evaluate import distances
-from ddpm.inputs import Part, load
+from ddpm.inputs import load
 from shared_utils.data import load_images
 from vae.inputs import binary_vectors
 
@@ -65,7 +66,7 @@ def test_all_are_measured_in_the_same_way(tmp_path):
     x, small, flipped = write_runs(tmp_path)
     metrics = compare_vae.main([*GIVEN, "--runs-dir", str(tmp_path), "--n", "30"])
     data = load(args_of())
-    train = Part(compare_vae.coarse(data.train.x), data.train.y)
+    train = replace(data.train, x=compare_vae.coarse(data.train.x))
     classifier = features.trained(train, 10, 1, 0, torch.device("cpu"))
     real, test = compare_vae.coarse(data.val.x)[:30], compare_vae.coarse(data.test.x)
     known = {"real": features.seen(classifier, real)[0], "test": features.seen(classifier, test)[0]}

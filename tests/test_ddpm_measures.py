@@ -10,7 +10,7 @@ import torch
 
 from ddpm.diffusion import PREDICTIONS, GaussianDiffusion
 from ddpm.features import Classifier, covered, frechet_distance, frechet_error, nearest, seen, trained
-from ddpm.inputs import Part, scaled
+from ddpm.inputs import scaled
 from ddpm.likelihood import bits_per_dimension, last_term, prior_term, step_term
 from ddpm.memoriser import memoriser
 from shared_utils.data import load_images
@@ -64,7 +64,7 @@ def test_the_nearest_image_is_found():
 
 def test_the_classifier_learns_and_its_output_follows_from_its_features():
     images = load_images("digits", "train")
-    model = trained(Part(images.x[:1000], images.y[:1000]), 10, 4, 0, CPU)
+    model = trained(images[:1000], 10, 4, 0, CPU)
     features, probabilities = seen(model, images.x[1000:])
     assert features.shape == (len(images.x) - 1000, 128)
     assert (probabilities.argmax(1) == images.y[1000:]).mean() > 0.8

@@ -13,7 +13,7 @@ import torch
 from shared_utils import device, gradcheck, plotting, runs, stats
 from shared_utils.cli import UserError
 from shared_utils.distributed import World, shard
-from shared_utils.schedules import one_cycle
+from shared_utils.schedules import half_cosine, one_cycle
 from shared_utils.seeding import derived_seed
 
 # --- schedules ------------------------------------------------------------------------------------------------------
@@ -32,6 +32,16 @@ def test_one_cycle_rises_to_its_peak_and_falls(updates):
         assert top == 24
         assert rates[0] == pytest.approx(0.5 * (1 - math.cos(math.pi / 25)) / 2)
         assert rates[99] < 0.001
+
+
+def test_half_a_cosine_falls_from_its_peak_to_0():
+    rates = [half_cosine(step, 8, 0.5) for step in range(9)]
+    assert rates[0] == 0.5
+    assert rates[4] == pytest.approx(0.25)
+    assert rates[8] == 0
+    assert rates == sorted(rates, reverse=True)
+    assert [a + b for a, b in zip(rates, rates[::-1], strict=True)] == pytest.approx([0.5] * 9)  # symmetric
+    assert rates[2] == pytest.approx(0.5 * (1 + math.sqrt(0.5)) / 2)  # no straight line
 
 
 # --- seeds ----------------------------------------------------------------------------------------------------------
@@ -143,7 +153,7 @@ def test_every_plot_draws_and_saves_the_same_bytes_twice(tmp_path):
     def draw(path):
         figure, axes = plotting.new_figure(2, 2, width=8, height=6, title="A finding")
         plotting.curves(axes[0, 0], {"a": ([1, 2], [1, 2]), "b": ([1], [2])}, xlabel="update", ylabel="loss (nats)")
-        plotting.mean_std(axes[0, 1], [1, 2], np.array([[1, 2], [2, 4]]), label="a")
+        plotting.mean_band(axes[0, 1], [1, 2], np.array([[1, 2], [2, 4]]), label="a")
         plotting.image_grid(axes[1, 0], np.zeros((5, 1, 4, 4)), columns=3, labels=np.array(list("abcde")))
         plotting.confusion_matrix(axes[1, 1], np.array([[9, 1], [2, 8]]), ["0", "1"], title="errors")
         plotting.save_figure(figure, path)
@@ -159,14 +169,14 @@ def test_curves_are_all_different():
     assert len(set(styles)) == 32
 
 
-def test_mean_std_draws_the_sample_deviation_of_the_runs_there_are():
+def test_mean_band_draws_the_sample_deviation_of_the_runs_there_are():
     _, axes = plotting.new_figure()
-    plotting.mean_std(axes[0, 0], [1, 2], np.array([[1.0, 5.0], [3.0, np.nan]]), label="a")
+    plotting.mean_band(axes[0, 0], [1, 2], np.array([[1.0, 5.0], [3.0, np.nan]]), label="a")
     assert axes[0, 0].lines[0].get_ydata().tolist() == [2, 5]
     band = axes[0, 0].collections[0].get_paths()[0].vertices[:, 1]
     assert band.min() == 1  # the lowest run: 2 − √2 is below it
     assert band.max() == 5
-    plotting.mean_std(axes[0, 0], [1], np.array([[1.0], [2], [3], [4]]), label="b")
+    plotting.mean_band(axes[0, 0], [1], np.array([[1.0], [2], [3], [4]]), label="b")
     band = axes[0, 0].collections[1].get_paths()[0].vertices[:, 1]
     assert [band.min(), band.max()] == pytest.approx([2.5 - math.sqrt(5 / 3), 2.5 + math.sqrt(5 / 3)])
 

@@ -1,11 +1,23 @@
-"""Tables that runs write and read: any CSV file, and a run's own history.csv."""
+"""Texts and tables that runs write and read: any text, any CSV file, and a run's own history.csv."""
 
 import csv
 
 import pytest
 
 from shared_utils import runs
-from shared_utils.cli import make_parser
+from shared_utils.cli import UserError, make_parser
+
+
+def test_a_text_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file.txt"
+    runs.write_text(path, "Fréchet\n")
+    assert path.read_bytes() == "Fréchet\n".encode()
+    with pytest.raises(UnicodeEncodeError):
+        runs.write_text(path, "half a character: \udc80")
+    assert path.read_bytes() == "Fréchet\n".encode()
+    assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
+    with pytest.raises(UserError, match="cannot write"):
+        runs.write_text(tmp_path / "missing" / "file.txt", "x")
 
 
 def test_rows_become_a_table_below_a_header(tmp_path):

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from shared_utils.cli import UserError, make_parser, positive_int, run_main, utf8_text
 from shared_utils.device import pick_device
 from shared_utils.plotting import new_figure, save_figure
-from shared_utils.runs import replacing, start_run
-from transformer_lm.checkpoints import find_checkpoint, load_model
+from shared_utils.runs import start_run, write_text
+from transformer_lm.checkpoints import add_ckpt_flag, find_checkpoint, load_model
 from transformer_lm.model import TransformerLM, sinusoidal_positions
 from transformer_lm.tokens import Tokens
 
@@ -33,7 +33,7 @@ TEXT = "Sherlock Holmes looked at the hound, and the hound looked at Sherlock Ho
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None, quick={"text": "a list of the list"})
-    parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train.py's best.pth)")
+    add_ckpt_flag(parser)
     parser.add_argument("--text", type=utf8_text, default=TEXT, help="what the heads look at")
     words = [" he", " king", " said", " the", " not", "."]
     parser.add_argument(
@@ -69,10 +69,9 @@ def main(argv=None) -> dict:
     if not model.modern:  # rotary positions are nowhere in the sum
         save_figure(draw_positions(model), run.path("positions.png"))
     found = {word: neighbours(model, tokens, word, args.count) for word in args.neighbours if word not in unknown}
-    with replacing(run.path("neighbours.txt")) as beside:
-        lines = [f"{word!r}: " + ", ".join(f"{name} {cos:.2f}" for name, cos in near) for word, near in found.items()]
-        lines += [f"{word!r}: not a single token" for word in unknown]
-        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [f"{word!r}: " + ", ".join(f"{name} {cos:.2f}" for name, cos in near) for word, near in found.items()]
+    lines += [f"{word!r}: not a single token" for word in unknown]
+    write_text(run.path("neighbours.txt"), "\n".join(lines) + "\n")
     print("\n".join(lines), flush=True)
     return run.finish(
         {

@@ -67,6 +67,7 @@ class Text:
         at = at.clamp(max=len(self.ids) - 1)
         tokens = self.before[at]
         tokens[:, 0] = torch.where(self.begins[chosen], self.start, tokens[:, 0])  # not the last of another paragraph
+        # 0 is padding in all three kinds of tokens
         return Batch(tokens.masked_fill(padding, 0), self.ids[at].masked_fill(padding, IGNORED), padding)
 
     def packed(self, first: np.ndarray) -> Batch:
@@ -102,20 +103,12 @@ def windows(ids: Tensor, length: int, start: int, together: int) -> Iterator[Bat
 
 @torch.no_grad()
 def losses_of_text(
-    model: TransformerLM,
-    ids: Tensor,
-    start: int,
-    amp: bool = False,
-    length: int | None = None,
-    together: int | None = None,
+    model: TransformerLM, ids: Tensor, start: int, amp: bool = False, together: int | None = None
 ) -> Tensor:
-    """The loss of every token of a text, ids (N,), in windows that do not overlap: (N,), nats.
-
-    length: of a window, the model's context unless told.
-    """
-    found, length = [], length or model.context
+    """The loss of every token of a text, ids (N,), in windows that do not overlap: (N,), nats."""
+    found = []
     with evaluating(model), autocast(ids.device, amp):
-        for batch in windows(ids, length, start, together or _together(model, length)):
+        for batch in windows(ids, model.context, start, together or _together(model, model.context)):
             logits = model(batch.tokens).float().flatten(0, 1)
             found.append(F.cross_entropy(logits, batch.targets.flatten(), reduction="none"))
     return torch.cat(found)

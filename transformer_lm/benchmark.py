@@ -21,7 +21,6 @@ Shapes: B sequences, T positions, V tokens of the vocabulary.
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,9 +29,10 @@ from torch import Tensor, nn
 from shared_utils.cli import UserError, make_parser, positive_int, run_main
 from shared_utils.device import autocast, pick_device
 from shared_utils.plotting import COLORS, curves, new_figure, save_figure
-from shared_utils.runs import find_output, start_run
+from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 from transformer_lm.batches import Batch, Text, total_loss
+from transformer_lm.checkpoints import add_data_flag, find_data
 from transformer_lm.corpus import load
 from transformer_lm.model import Cache, TransformerLM, sinusoidal_positions
 
@@ -45,7 +45,7 @@ AMP, PADDED = "this model, bfloat16", "this model, padded paragraphs"
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None, quick={"repeats": 1, "batch_size": 4, "context": 32})
-    parser.add_argument("--data", metavar="FOLDER", help="what prepare_data.py wrote (default: its own folder)")
+    add_data_flag(parser)
     parser.add_argument("--batch-size", type=positive_int, default=64, help="windows or paragraphs of an update")
     parser.add_argument("--context", type=positive_int, default=128, help="positions, and tokens that are written")
     parser.add_argument("--repeats", type=positive_int, default=8, help="times that each is measured")
@@ -82,8 +82,7 @@ def main(argv=None) -> dict:
     """Measure; returns the metrics."""
     args = build_parser().parse_args(argv)
     device = pick_device(args.device)
-    folder = Path(args.data) if args.data else find_output(args, "prepare_data", "meta.json").parent
-    corpus = load(folder)
+    corpus = load(find_data(args))
     part, tokens = corpus.parts["train"], corpus.tokens
     if len(part.ids) < args.context:
         raise UserError(f"{corpus.name} has {len(part.ids)} tokens to train on, fewer than --context {args.context}")

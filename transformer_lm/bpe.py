@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from shared_utils.cli import UserError
-from shared_utils.runs import replacing
+from shared_utils.runs import write_text
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4
 SMALLEST = 256 + len(SPECIAL)
@@ -26,7 +26,7 @@ SMALLEST = 256 + len(SPECIAL)
 class BPE:
     """Text ↔ token ids. `trained` makes one, `read` reads tokenizer.json."""
 
-    kind, pad, start = "bpe", 0, 2  # [PAD], and [CLS] before a text
+    kind, start = "bpe", 2  # [CLS] before a text
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -70,8 +70,7 @@ class BPE:
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json, which Hugging Face's library reads as well."""
-        with replacing(path) as beside:
-            Path(beside).write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+        write_text(path, self._tokenizer.to_str(pretty=True))
 
     @property
     def vocab_size(self) -> int:

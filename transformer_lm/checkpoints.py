@@ -1,4 +1,4 @@
-"""A trained model as files: best.pth, and beside it the tokenizer.json that it was trained with."""
+"""Where a trained model and its data are: best.pth, beside it its tokenizer.json; the folder of prepare_data.py."""
 
 import argparse
 from pathlib import Path
@@ -12,9 +12,25 @@ from transformer_lm.model import TransformerLM
 from transformer_lm.tokens import Tokens, load_tokens
 
 
+def add_ckpt_flag(parser: argparse.ArgumentParser) -> None:
+    """`--ckpt`, which `find_checkpoint` reads."""
+    parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train.py's best.pth)")
+
+
 def find_checkpoint(args: argparse.Namespace) -> Path:
     """`--ckpt`, or train.py's best weights. Errors: `UserError` with the command that makes them."""
     return Path(args.ckpt) if args.ckpt else find_output(args, "train", "best.pth")
+
+
+def add_data_flag(parser: argparse.ArgumentParser) -> None:
+    """`--data`, which `find_data` reads."""
+    about = "the texts as prepare_data.py wrote them, not the folder of all data sets (default: prepare_data.py's)"
+    parser.add_argument("--data", metavar="FOLDER", help=about)
+
+
+def find_data(args: argparse.Namespace) -> Path:
+    """The folder in `--data`, or prepare_data.py's. Errors: `UserError` with the command that makes it."""
+    return Path(args.data) if args.data else find_output(args, "prepare_data", "meta.json").parent
 
 
 def load_model(path: str | Path, device: torch.device) -> tuple[TransformerLM, Tokens, dict]:

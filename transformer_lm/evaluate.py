@@ -21,7 +21,6 @@ Shapes: N tokens of a text, T positions of a window.
 
 import argparse
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,21 +28,22 @@ import torch
 from shared_utils.cli import UserError, add_amp, make_parser, positive_int, run_main
 from shared_utils.device import pick_device
 from shared_utils.plotting import COLORS, new_figure, save_figure
-from shared_utils.runs import find_output, replacing, start_run
+from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
 from transformer_lm.baselines import COMPRESSORS, compressed_bits_per_byte, longest_copy, share_known, words_of
 from transformer_lm.batches import losses_of_text, sliding_losses
-from transformer_lm.checkpoints import find_checkpoint, load_model
+from transformer_lm.checkpoints import add_ckpt_flag, add_data_flag, find_checkpoint, find_data, load_model
 from transformer_lm.corpus import Corpus, Part, load
 from transformer_lm.model import TransformerLM
 from transformer_lm.ngram import KneserNey
+from transformer_lm.texts import printable, write_texts
 
 
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None, quick={"texts": 2, "text_tokens": 30})
-    parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train.py's best.pth)")
-    parser.add_argument("--data", metavar="FOLDER", help="what it was trained on (default: prepare_data.py's)")
+    add_ckpt_flag(parser)
+    add_data_flag(parser)
     parser.add_argument("--part", choices=("test", "val"), default="test", help="of the data")
     parser.add_argument(
         "--stride",
@@ -63,7 +63,7 @@ def main(argv=None) -> dict:
     device = pick_device(args.device)
     path = find_checkpoint(args)
     model, tokens, state = load_model(path, device)
-    folder = Path(args.data) if args.data else find_output(args, "prepare_data", "meta.json").parent
+    folder = find_data(args)
     corpus = load(folder)
     if state["config"]["data"] != corpus.fingerprint:
         raise UserError(f"{path} was not trained on the training text of {folder}: name its data with --data")
@@ -94,8 +94,7 @@ def main(argv=None) -> dict:
     words = [words_of(each)[:-1] for each in drawn]  # the last may be cut
     training_words = words_of(tokens.decode(train.ids))
     copy = max((longest_copy(each, training_words) for each in words), key=len)
-    with replacing(run.path("generated.txt")) as beside:
-        beside.write_text("\n\n---\n\n".join(drawn) + "\n", encoding="utf-8")
+    write_texts(run.path("generated.txt"), drawn)
     bits = {row["way"]: row["bits_per_byte"] for row in rows}
     measured = {"val": "validation"}.get(args.part, args.part)
     about = f"{corpus.name}, {measured} text of {part.total('bytes'):,} bytes"
@@ -159,7 +158,7 @@ def draw_texts(model: TransformerLM, corpus: Corpus, args: argparse.Namespace) -
     """Texts that the model writes from nothing, at temperature 0.9."""
     start = torch.full((args.texts, 1), corpus.tokens.start, device=next(model.parameters()).device)
     drawn = model.generate(start, args.text_tokens, temperature=0.9)[:, 1:].tolist()
-    return [corpus.tokens.decode(ids).encode("utf-8", "replace").decode() for ids in drawn]
+    return [printable(corpus.tokens.decode(ids)) for ids in drawn]
 
 
 def draw_bits(rows: list[dict], about: str):

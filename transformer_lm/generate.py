@@ -14,7 +14,6 @@ Sources: Fan et al. 2018 (top k); Holtzman et al. 2020 (top p).
 
 import argparse
 import sys
-import time
 
 import torch
 
@@ -28,10 +27,11 @@ from shared_utils.cli import (
     utf8_text,
 )
 from shared_utils.device import pick_device
-from shared_utils.runs import replacing, start_run
+from shared_utils.runs import start_run
 from shared_utils.seeding import seed_everything
-from transformer_lm.checkpoints import find_checkpoint, load_model
+from transformer_lm.checkpoints import add_ckpt_flag, find_checkpoint, load_model
 from transformer_lm.model import TransformerLM
+from transformer_lm.texts import printable, write_texts
 from transformer_lm.tokens import Tokens
 
 PROMPTS = ("The Eiffel Tower is in Paris", "Sherlock Holmes looked at the", "To be or not to")
@@ -40,7 +40,7 @@ PROMPTS = ("The Eiffel Tower is in Paris", "Sherlock Holmes looked at the", "To 
 def build_parser():
     """The command line."""
     parser = make_parser(__doc__, dataset=None, quick={"max_new_tokens": 20})
-    parser.add_argument("--ckpt", metavar="FILE", help="a trained model (default: train.py's best.pth)")
+    add_ckpt_flag(parser)
     parser.add_argument(
         "--prompt", nargs="+", type=utf8_text, default=list(PROMPTS), metavar="TEXT", help="what to go on from"
     )
@@ -68,15 +68,13 @@ def main(argv=None) -> dict:
         return {}
     run = start_run(args)
     seed_everything(args.seed)
-    texts, drawn, started = [], 0, time.perf_counter()
+    texts, drawn = [], 0
     for prompt in args.prompt:
         for text in answers(model, tokens, prompt, args):
             texts.append(text)
             drawn += args.max_new_tokens
             print(f"{text}\n", flush=True)
-    seconds = time.perf_counter() - started
-    with replacing(run.path("generated.txt")) as beside:
-        beside.write_text("\n\n---\n\n".join(texts) + "\n", encoding="utf-8")
+    write_texts(run.path("generated.txt"), texts)
     return run.finish(
         {
             "name": state["name"],
@@ -84,7 +82,6 @@ def main(argv=None) -> dict:
             "top_k": args.top_k,
             "texts": len(texts),
             "tokens": drawn,
-            "generating_seconds": seconds,
         }
     )
 
@@ -97,8 +94,7 @@ def answers(model: TransformerLM, tokens: Tokens, prompt: str, args: argparse.Na
     start = torch.tensor([[tokens.start, *ids]] * args.n, device=next(model.parameters()).device)  # (n, T)
     cached = {"use_cache": not args.no_cache}
     found = model.generate(start, args.max_new_tokens, args.temperature, args.top_k, args.top_p, **cached)
-    texts = (tokens.decode(row[1:].tolist()) for row in found)
-    return [text.encode("utf-8", "replace").decode() for text in texts]  # bytes that are no UTF-8 become "?"
+    return [printable(tokens.decode(row[1:].tolist())) for row in found]
 
 
 def converse(model: TransformerLM, tokens: Tokens, args: argparse.Namespace) -> None:

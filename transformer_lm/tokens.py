@@ -4,9 +4,9 @@
     ids = tokens.encode("Größe")                      # int64 (T,)
     tokens.decode(ids)                                # "Größe"
 
-All of them have `kind`, `vocab_size`, `pad`, `start` (what stands before a text), `normalize`, `encode`, `decode`,
-`name`, `save`. Bytes lose nothing. Bits per byte compare models of the same text; byte pairs' text is in lower case
-and without accents, which makes it easier; `--vocab-size 261` gives that text's bytes.
+All of them have `kind`, `vocab_size`, `start` (what stands before a text), `normalize`, `encode`, `decode`, `name`,
+`save`; 0 is padding. Bytes lose nothing. Bits per byte compare models of the same text; byte pairs' text is in lower
+case and without accents, which makes it easier; `--vocab-size 261` gives that text's bytes.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from shared_utils.cli import UserError
-from shared_utils.runs import replacing
+from shared_utils.runs import write_text
 from transformer_lm.bpe import BPE
 
 KINDS = ("bpe", "byte", "char")
@@ -25,7 +25,7 @@ KINDS = ("bpe", "byte", "char")
 class Bytes:
     """A token is a byte of the text's UTF-8, and 0 is padding: byte b has the id b + 1."""
 
-    kind, vocab_size, pad, start = "byte", 257, 0, 0
+    kind, vocab_size, start = "byte", 257, 0
 
     def normalize(self, text: str) -> str:
         """The text itself: nothing is lost."""
@@ -45,13 +45,13 @@ class Bytes:
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json."""
-        _write(path, {"kind": self.kind})
+        write_text(path, json.dumps({"kind": self.kind}))
 
 
 class Characters:
     """A token is a character of the training text: 0 is padding, 1 any other character."""
 
-    kind, pad, start, unknown = "char", 0, 0, 1
+    kind, start, unknown = "char", 0, 1
 
     def __init__(self, alphabet: Sequence[str]):
         self.alphabet = sorted(alphabet)
@@ -80,7 +80,7 @@ class Characters:
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json."""
-        _write(path, {"kind": self.kind, "alphabet": "".join(self.alphabet)})
+        write_text(path, json.dumps({"kind": self.kind, "alphabet": "".join(self.alphabet)}))
 
 
 Tokens = BPE | Bytes | Characters
@@ -105,8 +105,3 @@ def load_tokens(path: str | Path) -> Tokens:
         raise UserError(f"no tokenizer at {path}") from None
     except (ValueError, KeyError, TypeError) as error:  # a UserError is a ValueError
         raise UserError(f"{path} is damaged or no tokenizer of ours ({error})") from None
-
-
-def _write(path: str | Path, content: dict) -> None:
-    with replacing(path) as beside:
-        Path(beside).write_text(json.dumps(content), encoding="utf-8")

@@ -25,7 +25,6 @@ Shapes: B sequences, T positions, V tokens.
 import argparse
 import math
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -47,11 +46,13 @@ from shared_utils.device import autocast
 from shared_utils.distributed import process_group, shard, total, wrap
 from shared_utils.muon import Muon
 from shared_utils.plotting import curves, new_figure, save_figure
-from shared_utils.runs import Run, check_finite, find_output, replacing, start_run
+from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.seeding import derived_seed, seed_everything
 from transformer_lm.batches import Text, losses_of_text, total_loss
+from transformer_lm.checkpoints import add_data_flag, find_data
 from transformer_lm.corpus import Corpus, load
 from transformer_lm.model import ATTENTION, TransformerLM
+from transformer_lm.texts import printable, write_texts
 
 SIZES = ("d_model", "n_heads", "head_dim", "n_layers", "d_ff", "context", "dropout", "attention", "tied", "modern")
 
@@ -60,7 +61,7 @@ def build_parser():
     """The command line."""
     quick = {"d_model": 32, "n_layers": 2, "d_ff": 48, "context": 32, "batch_size": 16, "updates": 30, "eval_every": 10}
     parser = make_parser(__doc__, dataset=None, quick={**quick, "eval_tokens": 4000, "sample_tokens": 20})
-    parser.add_argument("--data", metavar="FOLDER", help="what prepare_data.py wrote (default: its own folder)")
+    add_data_flag(parser)
     parser.add_argument("--d-model", type=positive_int, default=256, help="the model's width")
     parser.add_argument("--n-heads", type=positive_int, default=2, help="attention heads of each layer")
     parser.add_argument("--head-dim", type=positive_int, default=32, help="width of a head")
@@ -94,8 +95,7 @@ def build_parser():
 def main(argv=None) -> dict:
     """Train, choose on validation; returns the metrics."""
     args = build_parser().parse_args(argv)
-    folder = Path(args.data) if args.data else find_output(args, "prepare_data", "meta.json").parent
-    corpus = load(folder)
+    corpus = load(find_data(args))
     with process_group(args.device) as world:
         return train(args, corpus, world)
 
@@ -159,8 +159,7 @@ def train(args: argparse.Namespace, corpus: Corpus, world) -> dict:
         for optimizer, of_one in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(of_one)
         first, best, seconds, learned = (state[name] for name in ("updates", "best", "seconds", "learned"))
-    if args.resume:
-        run.rewind(-(-first // args.eval_every))
+    run.rewind(-(-first // args.eval_every))
 
     started, loss_sum, count_sum = time.perf_counter(), torch.zeros((), device=device), torch.zeros((), device=device)
     for update in range(first, args.updates):
@@ -225,9 +224,7 @@ def finish(
     device = next(model.parameters()).device
     model.load_state_dict(checkpoint.load(run.path("best.pth"), device=device)["model"])
     torch.manual_seed(args.seed)
-    with replacing(run.path("samples.txt")) as beside:
-        texts = [sample(model, corpus, args).encode("utf-8", "replace").decode() for _ in range(3)]
-        beside.write_text("\n\n---\n\n".join(texts) + "\n", encoding="utf-8")
+    write_texts(run.path("samples.txt"), [printable(sample(model, corpus, args)) for _ in range(3)])
     rows = run.numbers()
     val = corpus.parts["val"]
     size = sum(p.numel() for p in model.parameters())

@@ -23,7 +23,7 @@ import torch
 
 from shared_utils.cli import add_seeds, make_parser, positive_float, positive_int, run_main
 from shared_utils.device import cpu_threads, pick_device
-from shared_utils.plotting import COLORS, mean_std, new_figure, save_figure
+from shared_utils.plotting import COLORS, mean_band, new_figure, save_figure
 from shared_utils.runs import start_run
 from vae.fitting import (
     add_fit_flags,
@@ -126,7 +126,7 @@ def draw_curves(found: dict, outcome: dict, z_dim: int, about: str):
     }
     for index, (ax, (name, (key, sign))) in enumerate(zip(axes.flat, panels.items(), strict=True)):
         values = sign * np.array([[row[key] for row in rows] for rows in found.values()]).T  # (seeds, betas)
-        mean_std(ax, betas, values, label="mean ± std over seeds", index=index)
+        mean_band(ax, betas, values, label="mean ± std over seeds", index=index)
         ax.axvline(1, color="#999999", linewidth=1, linestyle=":")
         ax.set(title=name, ylabel="latents" if key == "active_units" else "nats per image", xscale="log")
         ax.set_xticks(betas, [f"{beta:g}" for beta in betas])

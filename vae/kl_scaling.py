@@ -142,7 +142,6 @@ def main(argv=None) -> dict:
         {
             "z_dim": args.z_dim,
             "elbo_right": right["elbo"],
-            "elbo_all_summed": others[0]["elbo"],
             "elbo_worst": right["elbo"] - max(lost),
             "least_nats_lost": min(lost),
             "most_nats_lost": max(lost),

@@ -17,7 +17,7 @@ import torch
 
 from shared_utils.cli import add_seeds, make_parser, positive_int, run_main
 from shared_utils.device import cpu_threads, pick_device
-from shared_utils.plotting import mean_std, new_figure, save_figure
+from shared_utils.plotting import mean_band, new_figure, save_figure
 from shared_utils.runs import start_run
 from vae.fitting import add_fit_flags, fit, measure, new_model, summary
 from vae.inputs import add_data_flags, load_binary
@@ -88,7 +88,6 @@ def findings(found: dict[int, list[dict]], table: dict[int, dict]) -> dict:
         "best_size": best,
         "best_iwae": table[best]["iwae"],
         "enough": enough,
-        "iwae_of_enough": table[enough]["iwae"],
         "first_size_with_an_unused_latent": min(unused, default=None),
         "largest_size": max(table),
         "active_units_of_the_largest_size": table[max(table)]["active_units"],
@@ -102,7 +101,7 @@ def draw(found: dict, outcome: dict, k: int, about: str):
 
     def against_size(ax, key: str, label: str, index: int, sign: int = 1):
         values = sign * np.array([[row[key] for row in rows] for rows in found.values()]).T  # (seeds, sizes)
-        mean_std(ax, sizes, values, label=label, index=index)
+        mean_band(ax, sizes, values, label=label, index=index)
 
     bounds, terms, active = axes[0]
     against_size(bounds, "iwae", f"IWAE, k = {k}", 0)

@@ -78,7 +78,7 @@ def main(argv=None) -> dict:
     per_epoch = math.ceil(len(x_train) / args.batch_size)
     updates = args.epochs * per_epoch
     terms = np.zeros((updates, 2))  # reconstruction and KL of every update's batch
-    step, best, saved, seconds = 0, {"val_elbo": -math.inf}, 0, 0.0
+    step, best, saved, rows, seconds = 0, {"val_elbo": -math.inf}, 0, 0, 0.0
 
     if args.resume and run.path("last.pth").exists():
         state = checkpoint.load(run.path("last.pth"), expect=model.config)  # load_state_dict moves them to the device
@@ -87,10 +87,8 @@ def main(argv=None) -> dict:
         checkpoint.restore_random_states(state, rng)
         step, best, seconds = state["step"], state["best"], state["seconds"]
         terms[:step] = state["terms"].numpy()
-        run.rewind(state["rows"])
-        saved = step
-    elif args.resume:
-        run.rewind(0)
+        saved, rows = step, state["rows"]
+    run.rewind(rows)
 
     while step < updates:
         started = time.perf_counter()
