@@ -342,9 +342,9 @@ def draw_fits(problem: Problem, fitted: dict[str, Fitted], test: dict[str, np.nd
         ax.plot(*problem.drawn["train"], ".", color="#AAAAAA", markersize=3, label="training points")
         ax.plot(x, chirp(x), color="black", linewidth=1, linestyle="--", label="without the noise")
         for number, network in enumerate(own.networks):
-            fitted = network.predict(problem.inputs(x)).cpu().numpy() * problem.y_std + problem.y_mean
+            curve = network.predict(problem.inputs(x)).cpu().numpy() * problem.y_std + problem.y_mean
             label = "fitted, one a seed" if number == 0 else None
-            ax.plot(x, fitted, color=line_style(index)["color"], linewidth=1, alpha=0.7, label=label)
+            ax.plot(x, curve, color=line_style(index)["color"], linewidth=1, alpha=0.7, label=label)
         mean, std = mean_std(test[name])
         ax.set_title(f"{name}: test MSE {mean:.2f} ± {std:.2f}")
     figure.supxlabel("x")

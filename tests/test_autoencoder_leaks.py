@@ -297,3 +297,6 @@ def test_spaces_and_maps_are_measured_against_the_pixels(tmp_path, data, monkeyp
         expected += [cross_val_score(VOTE, z, y, cv=LeaveOneOut()).mean(), silhouette_score(z, y)]
         assert values == pytest.approx(expected, abs=2e-3), name
     assert len(mapped) == 3 + 2 * 5
+    ours, theirs = rows["UMAP of codes"], rows["UMAP of pixels"]
+    assert metrics["codes_against_pixels"] == {name: ae_umap.verdict(ours, theirs, name) for name in ae_umap.MEASURES}
+    assert {"better", "worse"} & set(metrics["codes_against_pixels"].values())  # else the order would not count

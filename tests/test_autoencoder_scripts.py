@@ -198,6 +198,7 @@ def test_the_grid_is_every_combination_and_keeps_the_best(runs_dir):
     assert ("no BatchNorm" in metrics["best"]) == (rows[0]["batchnorm"] == "off")
     assert metrics["test_rmse"] == pytest.approx(math.sqrt(metrics["test_recon"]))
     assert metrics["test_psnr"] == pytest.approx(-10 * math.log10(metrics["test_recon"]))
+    assert metrics["below_pca"] == pytest.approx(1 - metrics["test_recon"] / metrics["pca_test_recon"])
 
 
 def test_the_checkpoint_is_the_model_that_was_measured(runs_dir, args, data):

@@ -1,6 +1,7 @@
 """ddpm's comparison with the VAE: the same data, the same measure for both, and what is missing."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
@@ -69,6 +70,8 @@ def test_all_are_measured_in_the_same_way(tmp_path):
     train = replace(data.train, x=compare_vae.coarse(data.train.x))
     classifier = features.trained(train, 10, 1, 0, torch.device("cpu"))
     real, test = compare_vae.coarse(data.val.x)[:30], compare_vae.coarse(data.test.x)
+    right = (features.seen(classifier, test)[1].argmax(1) == data.test.y).mean()
+    assert metrics["accuracy"] == pytest.approx(right, abs=0.01)
     known = {"real": features.seen(classifier, real)[0], "test": features.seen(classifier, test)[0]}
     for name, images in (("vae", flipped), ("vae_drawn", small), ("diffusion", compare_vae.coarse(x))):
         found = distances({"samples": features.seen(classifier, images[:30])[0], **known})
@@ -87,6 +90,49 @@ def test_all_are_measured_in_the_same_way(tmp_path):
     )
     assert rows["speed: 1,000 images"] == ("0.5000 s", "4.0 s")
     assert (tmp_path / "ddpm" / "compare_vae" / "side_by_side.png").exists()
+
+
+def test_the_table_and_the_title_tell_each_its_own_numbers():
+    about = {
+        compare_vae.VAE: [
+            {"z_dim": 8, "training_seconds": 10.0, "parameters": 5000, "train_images": 900},
+            {"generation_seconds": 0.02, "samples": 40},
+            {"bits_per_pixel": 0.25},
+        ],
+        compare_vae.DIFFUSION: [
+            {"training_seconds": 100.0, "parameters": 70_000, "train_images": 800},
+            {"steps": 20, "seconds_per_image": 0.004},
+            {"bits_per_dimension": 2.5},
+        ],
+    }
+    kinds = (compare_vae.VAE, compare_vae.DRAWN, compare_vae.DIFFUSION)
+    quality = {
+        name: {"frechet_of_samples": at, "precision_of_samples": at / 10, "recall_of_samples": at / 20}
+        | {"frechet_of_real": 0.5, "precision_of_real": 0.9, "recall_of_real": 0.8}
+        for name, at in zip(kinds, (4.0, 6.0, 1.0), strict=True)
+    }
+    stability = {compare_vae.VAE: (3, 9, 0.25), compare_vae.DIFFUSION: (1, 4, 0.5)}
+    data = Namespace(test=Namespace(x=np.zeros((2, 1, 28, 28))))
+    table = compare_vae.table(about, quality, stability, data)
+    rows = {row["measured"]: (row["VAE"], row["diffusion"]) for row in table}
+    assert rows["quality: Fréchet distance (real images 0.50)"] == ("4.00; pixels drawn 6.00", "1.00")
+    assert rows["quality: precision (real images 90.0%)"] == ("40.0%; pixels drawn 60.0%", "10.0%")
+    assert rows["quality: recall (real images 80.0%)"] == ("20.0%; pixels drawn 30.0%", "5.0%")
+    assert rows["stability: the held-out loss"] == (
+        "rose at 3 of 9 looks, by 25.0% at most",
+        "rose at 1 of 4 looks, by 50.0% at most",
+    )
+    assert rows["likelihood, of different images"] == (
+        "0.250 bits at most for a pixel of 2 shades",
+        "2.50 bits at most for one of 256",
+    )
+    assert rows["speed: training"] == ("10 s, 5,000 parameters, 900 images", "100 s, 70,000, 800")
+    small, found = np.zeros((64, 1, 14, 14), np.uint8), {name: quality[name]["frechet_of_samples"] for name in kinds}
+    images = {"real": small, **dict.fromkeys(kinds, small)}
+    figure = compare_vae.draw(images, np.zeros((64, 1, 28, 28), np.uint8), found, 0.5, "x")
+    assert figure.get_suptitle().endswith("the diffusion's Fréchet distance to test images is 0.25 of the VAE's")
+    told = [ax.get_title().split("\n")[1] for ax in figure.axes]
+    assert told == ["as many others 0.50", "4.00", "6.00", "1.00", "(not compared)"]
 
 
 @pytest.mark.parametrize(

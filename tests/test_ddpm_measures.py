@@ -148,6 +148,7 @@ def test_the_bounds_error_is_that_of_a_mean_over_images(monkeypatch):
     monkeypatch.setattr("ddpm.likelihood.step_term", lambda *given: torch.zeros(5))
     monkeypatch.setattr("ddpm.likelihood.last_term", lambda *given: costs)
     found = bits_per_dimension(GaussianDiffusion(50), None, torch.zeros(5, 1, 2, 2))
+    assert found["sum"] == pytest.approx(2 * costs.mean().item() / (4 * math.log(2)))  # the prior's part too
     wanted = 2 * np.std(costs.numpy(), ddof=1) / 5**0.5 / (4 * math.log(2))
     assert found["standard_error"] == pytest.approx(wanted, rel=1e-5)
 

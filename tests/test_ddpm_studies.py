@@ -54,6 +54,7 @@ def test_what_is_measured_is_measured_on_the_samples(evaluated):
     assert metrics["frechet_of_samples"] == pytest.approx(features.frechet_distance(samples, test), rel=1e-3)
     assert metrics["frechet_of_real"] == pytest.approx(features.frechet_distance(real[:40], test), rel=1e-3)
     assert metrics["times_the_floor"] == pytest.approx(metrics["frechet_of_samples"] / metrics["frechet_of_real"])
+    assert metrics["frechet_error"] == pytest.approx(features.frechet_error(samples, test), rel=0.05)
     assert metrics["precision_of_samples"] == pytest.approx(features.covered(samples, test), abs=0.03)
     assert metrics["recall_of_samples"] == pytest.approx(features.covered(test, samples), abs=0.03)
     chosen = probabilities.argmax(1)
@@ -68,6 +69,7 @@ def test_what_is_measured_is_measured_on_the_samples(evaluated):
     assert len(BOUND_OF[0]) == 5
     bound = metrics["bound"]
     assert metrics["bits_per_dimension"] == pytest.approx(bound["prior"] + bound["steps"] + bound["last"])
+    assert metrics["bits_error"] == bound["standard_error"]
     assert {path.name for path in (folder / "evaluate").glob("*.png")} == {
         "classes.png",
         "nearest.png",

@@ -144,6 +144,8 @@ def test_runs_in_an_argument_is_the_folder_of_all_runs(tmp_path):
 
 def test_publishing_copies_metrics_and_figures_and_fills_the_readmes(house, tmp_path):
     finished_run(tmp_path / "runs" / "toy" / "train")
+    (house / "toy" / "results" / "train").mkdir(parents=True)
+    (house / "toy" / "results" / "train" / "old.png").touch()  # of the run published before
     assert publish.publish("toy", tmp_path / "runs") == ["train"]
     copied = sorted(p.name for p in (house / "toy" / "results" / "train").iterdir())
     assert copied == ["curve.png", "metrics.json"]
@@ -185,6 +187,8 @@ def test_publishing_refuses_what_is_not_a_result(house, tmp_path):
     finished_run(runs_dir / "toy" / "wide", flags="--width 8")
     with pytest.raises(UserError, match=r"was made by `python toy/train.py --width 8`; declared is .* --width 9"):
         publish.publish("toy", runs_dir)
+    with pytest.raises(UserError, match=r"was made by `python toy/train.py --width 8`"):
+        publish.publish("toy", runs_dir, ["wide"])
     (runs_dir / "toy" / "train" / "curve.png").write_bytes(b"x" * 300_001)
     with pytest.raises(UserError, match="300"):
         publish.publish("toy", runs_dir, ["train"])

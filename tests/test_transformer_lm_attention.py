@@ -7,8 +7,8 @@ import torch
 from shared_utils import checkpoint
 from shared_utils.runs import read_json
 from transformer_lm import analyze_attention
-from transformer_lm.analyze_attention import looks, neighbours
-from transformer_lm.model import TransformerLM
+from transformer_lm.analyze_attention import draw_attention, draw_positions, looks, neighbours
+from transformer_lm.model import TransformerLM, sinusoidal_positions
 from transformer_lm.tokens import Characters
 
 
@@ -57,8 +57,41 @@ def test_the_script_writes_what_it_says(folder, tmp_path):
     assert [(row["layer"], row["head"]) for row in metrics["heads"]] == [(i, j) for i in (1, 2) for j in (1, 2, 3)]
     assert all(0 <= row[what] <= 1 for row in metrics["heads"] for what in ("itself", "before", "start", "same"))
     assert "'zz': not a single token" in (tmp_path / "neighbours.txt").read_text(encoding="utf-8")
+    for most, what in (("one_before", "before"), ("start", "start"), ("same", "same")):
+        assert metrics[f"most_at_the_{most}"] == max(row[what] for row in metrics["heads"])
     assert [row["token"] for row in metrics["neighbours"]] == ["a"]
+    written = (tmp_path / "neighbours.txt").read_text(encoding="utf-8").splitlines()[0]
+    (near,) = metrics["neighbours"]
+    assert written.startswith(f"'a': {near['nearest']} {near['cosine']:.2f}, ")  # the nearest comes first
     assert read_json(tmp_path / "metrics.json")["text"] == "abba cab"
+
+
+def test_each_map_stands_under_the_name_of_its_head():
+    maps = np.random.default_rng(0).random((2, 3, 4, 4))  # two layers of three heads
+    heads = [
+        {
+            "layer": layer + 1,
+            "head": head + 1,
+            "before": 0.1 * (3 * layer + head),
+            "start": 0.9 - 0.1 * head,
+            "same": at,
+        }
+        for (layer, head), at in zip(np.ndindex(2, 3), (0.0, 0.2, 0.7, 0.3, 0.1, 0.0), strict=True)
+    ]
+    figure = draw_attention(maps, heads, list("abcd"), "letters")
+    named = {ax.get_title(): ax.images[0].get_array() for ax in figure.axes if ax.get_title()}
+    for row in heads:
+        found = named[f"layer {row['layer']}, head {row['head']}: {row['before']:.0%} at the one before"]
+        assert np.array_equal(found, maps[row["layer"] - 1, row["head"] - 1])
+    said = "at the one before L2H3 (50%), at the start L1H1 (90%), at the same token earlier L1H3 (70%)"
+    assert figure.get_suptitle().endswith(said)
+
+
+def test_positions_are_as_alike_as_the_mean_cosine_of_their_pairs():
+    model = TransformerLM(11, 16, 1, 4, 1, 8, 8)
+    p = sinusoidal_positions(8, 16).numpy()
+    alike = p[0] @ p[1] / np.sqrt((p[0] @ p[0]) * (p[1] @ p[1]))
+    assert draw_positions(model).get_suptitle().endswith(f"neighbours {alike:.2f} of 1")
 
 
 @pytest.mark.parametrize("text", ["", "a", "abc " * 4])

@@ -1,13 +1,19 @@
 """transformer_lm's benchmark: what it compares is the same, and what it says follows from what it timed."""
 
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from shared_utils.embedded import pydocs
 from shared_utils.runs import read_json
+from shared_utils.seeding import seed_everything
 from transformer_lm import benchmark, prepare_data
+from transformer_lm.batches import Text
 from transformer_lm.benchmark import Peer
+from transformer_lm.corpus import load
 from transformer_lm.model import TransformerLM
 
 CPU = torch.device("cpu")
@@ -66,6 +72,60 @@ def test_the_two_ways_of_writing_are_timed_to_the_same_tokens():
     assert all(times.shape == (12,) and np.isfinite(times).all() for times in found.values())
 
 
+def test_a_token_costs_the_milliseconds_that_passed(monkeypatch):
+    clock = itertools.count(step=0.002)  # seconds
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=clock.__next__))
+    found = benchmark.time_writing(TransformerLM(50, 16, 2, 8, 1, 24, 12).eval(), 1, 1, CPU)
+    np.testing.assert_allclose([found["with"], found["without"]], np.full((2, 12), 2.0))
+
+
+def test_each_way_learns_in_its_own_way_and_its_first_time_does_not_count(monkeypatch):
+    made, packed, padded = [], ["packed"], ["padded"]
+    packed[0] = benchmark.Batch(torch.zeros(1, 12, dtype=torch.int64), torch.zeros(1, 12, dtype=torch.int64))
+
+    def update(model, batches, amp, device):
+        made.append((model, batches, amp))
+        learned = 100.0 * len(made)
+        return lambda: learned
+
+    seconds = iter([0.9] * 8 + [each for took in (2.0, 1.0) for _ in range(8) for each in (0.0, took)])
+    monkeypatch.setattr(benchmark, "update", update)
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    speeds = benchmark.time_training(50, packed, padded, 2, CPU)
+    assert list(speeds.values()) == [100.0 * at for at in range(1, 9)]  # tokens of its own, in a second
+    ways = dict(zip(speeds, made, strict=True))
+    assert [what for what, (_, _, amp) in ways.items() if amp] == [benchmark.AMP]
+    assert [what for what, (_, batches, _) in ways.items() if batches is padded] == [benchmark.PADDED]
+    for what, (model, *_) in ways.items():
+        if isinstance(model, Peer):
+            heads = {layer.self_attn.num_heads for layer in model.layers.layers}
+        else:
+            heads = {model.config["n_heads"]}
+        assert heads == {2 if what in (benchmark.OURS, benchmark.PEER, benchmark.AMP, benchmark.PADDED) else 8}, what
+        bare = what in (benchmark.BARE, benchmark.PEER_BARE)
+        assert (getattr(model.dropout, "p", model.dropout) == 0) is bare, what
+
+
+def test_the_speed_with_a_cache_is_that_of_the_last_token(tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text(pydocs()[:9_000], encoding="utf-8")
+    flags = ["--dataset", str(tmp_path / "texts"), "--tokens", "byte", "--out", str(tmp_path / "data")]
+    prepare_data.main(flags)
+    names = ("OURS", "PEER", "SAME", "PEER_SAME", "BARE", "PEER_BARE", "AMP", "PADDED")
+    training = {getattr(benchmark, name): 10.0 * (at + 1) for at, name in enumerate(names)}
+    writing, titles = {"with": np.array([9.0, 3.0, 2.0]), "without": np.array([5.0, 6.0, 7.0])}, []
+    monkeypatch.setattr(benchmark, "time_training", lambda *_: training)
+    monkeypatch.setattr(benchmark, "time_writing", lambda *_: writing)
+    monkeypatch.setattr(benchmark, "save_figure", lambda figure, path: titles.append(figure.get_suptitle()))
+    given = ["--data", str(tmp_path / "data"), "--device", "cpu", "--quick", "--out", str(tmp_path / "out")]
+    metrics = benchmark.main(given)
+    assert (metrics["token_with_cache_ms"], metrics["token_without_cache_ms"]) == (2, 7)
+    assert metrics["cache_against_none"] == 3.5
+    assert titles[0].startswith("0.50 times PyTorch's layers, 0.75 times as the same network;")
+    assert titles[0].endswith("bfloat16 7.00 times float32, packed 0.12 times padded")
+    assert "After 3 tokens the next one is 3.5 times as fast" in titles[1]
+
+
 def test_an_update_counts_the_tokens_that_carry_loss():
     model = TransformerLM(50, 16, 2, 8, 1, 24, 12)
     tokens = torch.randint(50, (2, 12))
@@ -96,7 +156,12 @@ def test_the_script_writes_what_it_says(tmp_path, fails):
         metrics["token_without_cache_ms"] / metrics["token_with_cache_ms"]
     )
     assert metrics["packed_against_padded"] == pytest.approx(speeds[benchmark.OURS] / speeds[benchmark.PADDED])
-    assert 0 <= metrics["padding"] < 1
+    corpus, rng = load(tmp_path / "data"), seed_everything(0)
+    text = Text(corpus.parts["train"], 32, corpus.tokens.start, CPU)
+    for _ in range(benchmark.UPDATES):
+        text.drawn(4, rng, pack=True)  # the windows come first
+    padding = [text.padded(text.drawn(4, rng, pack=False)).padding.flatten() for _ in range(benchmark.UPDATES)]
+    assert metrics["padding"] == pytest.approx(torch.cat(padding).float().mean().item())
     assert read_json(tmp_path / "out" / "metrics.json")["context"] == 32
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"training_speed.png", "generation_speed.png"}
     assert "fewer than --context" in fails(benchmark, [*flags[:-1], "--context", 10**6])

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shared_utils.embedded import pydocs
 from shared_utils.runs import read_json
-from transformer_lm import vocab_study
+from transformer_lm import train, vocab_study
 from transformer_lm.baselines import share_known, words_of
 from transformer_lm.batches import sliding_losses
 from transformer_lm.checkpoints import load_model
@@ -107,6 +107,43 @@ def test_the_best_is_chosen_on_validation():
     assert found["at_the_highest_rate"] == []
     found = vocab_study.findings([size(1000, 2.02, 1.0), size(2000, 2.0, 2.0), size(3000, 2.009, 1.8)], [0.1])
     assert found["as_good_on_validation"] == "2,000 and 3,000"
+
+
+def test_the_largest_and_the_smallest_are_compared_with_the_best_on_the_test_text():
+    table = [
+        {"vocab_size": size, "val_bits_per_byte": val, "test_bits_per_byte": test, "lr": 0.1, "times_read": 1}
+        | {"known_words": known, "kneser_ney": 3.0, "of_seeds": [test]}
+        for size, val, test, known in ((261, 2.4, 2.6, 0.5), (2048, 2.0, 2.0, 0.8), (16384, 2.1, 2.2, 0.9))
+    ]
+    found = vocab_study.findings(table, [0.1, 0.01])
+    assert found["smallest_above_best"] == pytest.approx(0.3)
+    assert found["largest_above_best"] == pytest.approx(0.1)
+    assert (found["known_words_of_best"], found["known_words_of_largest"]) == (0.8, 0.9)
+    assert found["at_the_highest_rate"] == [261, 2048, 16384]
+    title = vocab_study.draw(table, found, 1e12, "text").get_suptitle()
+    assert title.endswith("2,048 need 2.000 bits per byte of test, 16,384 +10.0%, 261 +30.0%")
+
+
+def test_each_seed_trains_by_the_recipe_of_the_docstring(texts, tmp_path, monkeypatch):
+    asked = []
+
+    def trained(argv):
+        args = train.build_parser().parse_args(argv)
+        asked.append((args.seed, args.lr))
+        recipe = (args.pack, args.amp, args.optimizer, args.muon_lr, args.schedule, args.warmup, args.eval_every)
+        assert recipe == (True, True, "muon", 0.05, "cosine", 2, 10)
+        assert (args.updates, args.batch_size, args.quick) == (40, 16, True)
+        return {"parameters": 7, "learned_tokens": 900, "training_seconds": 1.0}
+
+    bits = {"val_bits_per_byte": 2.0, "test_bits_per_byte": 2.5, "known_words": 0.5}
+    monkeypatch.setattr(vocab_study.train, "main", trained)
+    monkeypatch.setattr(vocab_study, "measured", lambda *_: bits)
+    given = ["--vocab-sizes", "400", "--updates", "40", "--seed", "5", "--seeds", "0", "2"]
+    (row,) = vocab_study.main([*flags_of(texts, tmp_path), *given])["sizes"]
+    assert asked == [(5, 0.001), (7, 0.001), (5, 0.01), (7, 0.01)]
+    part = load(tmp_path / "data_400").parts["train"]
+    assert row["bytes_per_token"] == part.total("bytes") / len(part.ids)
+    assert row["times_read"] == 900 / len(part.ids)
 
 
 @pytest.mark.parametrize("stop_after", [1, 5])
