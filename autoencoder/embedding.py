@@ -119,12 +119,12 @@ def trustworthiness(x: Tensor, z: Tensor, k: int, neighbours: Tensor | None = No
     return 1 - 2 * excess / (n * k * (2 * n - 3 * k - 1))
 
 
-def continuity(x: Tensor, z: Tensor, k: int, neighbours: Tensor | None = None) -> float:
+def continuity(x: Tensor, z: Tensor, k: int, neighbours: Tensor | None = None, chunk: int = CHUNK) -> float:
     """Are neighbours in x (N, D) still neighbours in z (N, d)? `trustworthiness` with the two spaces swapped.
 
     neighbours: the k nearest of each row of x, int64 (N, k), where the caller has them.
     """
-    return trustworthiness(z, x, k, neighbours)
+    return trustworthiness(z, x, k, neighbours, chunk)
 
 
 def silhouette(z: Tensor, y: Tensor) -> float:
