@@ -128,6 +128,7 @@ def test_bugs_are_counted_by_who_catches_them(tmp_path, monkeypatch):
     metrics = gradient_checking.main(["--quick", "--out", str(tmp_path)])
     assert (metrics["mutations"], metrics["caught"], metrics["false_alarms"]) == (3, 2, 1)
     assert list(metrics["caught_by"].values()) == [2, 1, 0, 0, 0, 0, 1]
+    assert list(metrics["applicable"].values()) == [3, 2, 2, 0, 2, 2, 3]
     said = drawn["mutation_table.png"].get_suptitle()
     assert said.startswith("2 of 3 planted bugs are caught; central differences alone catch 2,\nand 2 networks learn")
 
