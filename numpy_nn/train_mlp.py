@@ -30,6 +30,7 @@ from shared_utils.cli import add_seeds, make_parser, non_negative_int, positive_
 from shared_utils.data import minibatches
 from shared_utils.plotting import line_style, mean_band, new_figure, save_figure
 from shared_utils.runs import start_run, write_json
+from shared_utils.schedules import half_cosine
 from shared_utils.stats import mean_std
 
 WARM_UP = 0.05  # of all updates
@@ -60,7 +61,7 @@ def train(activation: str, seed: int, data: Inputs, args, run) -> dict:
     for epoch in range(1, args.epochs + 1):
         total = 0.0
         for batch in minibatches(len(data.x_train), args.batch_size, rng):
-            rise, fall = min((step + 1) / (WARM_UP * updates), 1), (1 + math.cos(math.pi * step / updates)) / 2
+            rise, fall = min((step + 1) / (WARM_UP * updates), 1), half_cosine(step, updates, 1.0)
             optimizer.lr = args.lr * rise * fall
             x = shifted(data.x_train[batch], args.shift, rng)  # (B, 1, H, W)
             with stopping(step + 1, optimizer.lr, args.lr, name=activation):
