@@ -30,13 +30,16 @@ class Problem:
         self.centre, self.spread = x.mean(0), x.std(0)
         self.y_mean, self.y_std = (0.0, 1.0) if self.classifies else (float(y.mean()), float(y.std()))
         self.x = {part: self.inputs(x) for part, (x, _) in self.drawn.items()}
-        self.y = {part: torch.from_numpy(y).to(device) for part, (_, y) in self.drawn.items()}
-        if not self.classifies:
-            self.y = {part: ((y - self.y_mean) / self.y_std).float() for part, y in self.y.items()}
+        self.y = {part: self.targets(y) for part, (_, y) in self.drawn.items()}
 
     def inputs(self, x: np.ndarray) -> Tensor:
         """Inputs (N, D), as drawn, as the network takes them."""
         return torch.from_numpy((x - self.centre) / self.spread).float().to(self.device)
+
+    def targets(self, y: np.ndarray) -> Tensor:
+        """Labels, or values as drawn, as the loss takes them."""
+        scaled = y if self.classifies else ((y - self.y_mean) / self.y_std).astype(np.float32)
+        return torch.from_numpy(scaled).to(self.device)
 
     def build(self, hidden: list[int], use_batchnorm: bool, init: str) -> ManualMLP:
         """A network for the problem, with weights drawn from PyTorch's generator."""

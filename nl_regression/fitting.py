@@ -114,9 +114,9 @@ def evaluate(model: EnsembleMLP, points: Sequence[np.ndarray]) -> tuple[np.ndarr
     """Every network's mean squared error on its own points (M,) and its values on `GRID` (M, G), both float64."""
     parameter = model.weights[0]
     grid = torch.from_numpy(GRID).to(parameter).expand(model.n_models, -1)  # (M, G)
-    values = model(grid).double().cpu().numpy()
+    values = model(grid).cpu().double().numpy()
     longest = max(map(len, points))
     x = np.stack([np.pad(own, (0, longest - len(own)), mode="edge") for own in points])  # (M, N)
-    errors = (model(torch.from_numpy(x).to(parameter)).double().cpu().numpy() - target(x)) ** 2
+    errors = (model(torch.from_numpy(x).to(parameter)).cpu().double().numpy() - target(x)) ** 2
     mse = np.array([row[: len(own)].mean() for row, own in zip(errors, points, strict=True)])
     return mse, values

@@ -78,7 +78,7 @@ def main(argv=None) -> dict:
 
     ids = torch.from_numpy(part.ids).to(device)
     ways = {"transformer": losses_of_text(model, ids, tokens.start, args.amp).cpu().double().numpy()}  # (N,)
-    sliding = sliding_losses(model, ids, tokens.start, stride, args.amp).double().mean().item()
+    sliding = sliding_losses(model, ids, tokens.start, stride, args.amp).cpu().double().mean().item()
     ngram = f"Kneser-Ney, {args.order} tokens"
     for name, order in (("unigram", 1), (ngram, args.order)):
         ways[name] = KneserNey(train.ids, tokens.vocab_size, order, tokens.start).losses(part.ids)
