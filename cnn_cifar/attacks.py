@@ -60,19 +60,15 @@ def pgd(
     starts (None: torch's own). Errors: as `iterative_fgsm`; restarts < 1.
     """
     _check(x, eps, alpha, steps, restarts)
-    worst, worst_score = x, None
+    found = []
     for _ in range(restarts):
         uniform = torch.rand(x.shape, generator=generator, device=generator.device if generator else x.device)
         start = (x + eps * (2 * uniform.to(x.device) - 1)).clamp(0, 1)
-        found = _last(ascent(model, start, x, y, eps, alpha, steps))
-        score = _badness(model, found, y)  # (B,)
-        if worst_score is None:
-            worst, worst_score = found, score
-        else:
-            better = score > worst_score
-            worst = torch.where(better[:, None, None, None], found, worst)
-            worst_score = torch.where(better, score, worst_score)
-    return worst
+        found.append(_last(ascent(model, start, x, y, eps, alpha, steps)))
+    if restarts == 1:
+        return found[0]
+    scores = torch.stack([_badness(model, moved, y) for moved in found])  # (restarts, B)
+    return torch.stack(found)[scores.argmax(0), torch.arange(len(x), device=x.device)]
 
 
 def ascent(
