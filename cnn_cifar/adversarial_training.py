@@ -42,7 +42,6 @@ from shared_utils import checkpoint
 from shared_utils.cli import add_amp, make_parser, non_negative_float, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import autocast, pick_device
-from shared_utils.muon import Muon
 from shared_utils.plotting import COLORS, image_grid, line_style, new_figure, save_figure
 from shared_utils.runs import Run, check_finite, start_run
 from shared_utils.schedules import one_cycle
@@ -67,10 +66,7 @@ def build_parser():
     )
     parser.add_argument("--epochs", type=positive_int, default=12, help="passes over the training images, for each")
     parser.add_argument("--lr", type=positive_float, default=0.2, help="the highest learning rate of one cycle")
-    muon = "learn the convolutions' weights with Muon, up to this learning rate (0.1 is good); the rest with SGD"
-    parser.add_argument("--muon-lr", type=positive_float, help=muon)
-    decays = "with SGD, not of biases and BatchNorm"
-    parser.add_argument("--weight-decay", type=non_negative_float, default=5e-4, help=decays)
+    parser.add_argument("--weight-decay", type=non_negative_float, default=5e-4, help="not of biases and BatchNorm")
     parser.add_argument("--eps", type=positive_float, default=8.0, help="largest change of a pixel, in units of 1/255")
     parser.add_argument("--steps", type=positive_int, default=1, help="of the attack used in training; above 1: PGD")
     watched = "validation images that PGD-10 attacks after each epoch"
@@ -91,19 +87,6 @@ def network_config(model: str, width: int | None, num_classes: int) -> dict:
         "resnet18": {"network": "resnet", "blocks": 2, "width": w},
     }
     return {**sizes[model], "num_classes": num_classes}
-
-
-def optimizers_of(network: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """SGD for every parameter; or Muon for the convolutions' weights, and SGD for the rest."""
-    groups, muon = get_param_groups(network, args.weight_decay), []
-    if args.muon_lr:
-        muon = [Muon([p for p in network.parameters() if p.ndim == 4], lr=args.muon_lr)]
-        groups = [{**group, "params": [p for p in group["params"] if p.ndim != 4]} for group in groups]
-    optimizers = [*muon, torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)]
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
 
 
 def moved(network: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, generator: Generator) -> Tensor:
@@ -144,7 +127,6 @@ def main(argv=None) -> dict:
             "model": args.model,
             "parameters": size,
             "epochs": args.epochs,
-            "optimizer": "Muon" if args.muon_lr else "SGD",
             "eps": args.eps,
             "steps": args.steps,
             "test_images": len(data.test),
@@ -176,14 +158,14 @@ def train(kind: str, state: dict | None, config: dict, data: Data, args: argpars
     device, eps = x.device, args.eps / 255
     network = NETWORKS[config["network"]](**{key: value for key, value in config.items() if key != "network"})
     network.to(device, memory_format=torch.channels_last)
-    optimizers = optimizers_of(network, args)
+    groups = get_param_groups(network, args.weight_decay)
+    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)
     watched = Split(data.val.x[: args.watched], data.val.y[: args.watched])
     per_epoch = len(data.train) // args.batch_size
     first, best, seconds = 0, {"score": -1.0}, 0.0
     if state:
         network.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(state["optimizer"])
         first, best, seconds = state["epochs"], state["best"], state["seconds"]
 
     about = {"config": config, "classes": list(data.classes), "title": data.title}
@@ -199,24 +181,22 @@ def train(kind: str, state: dict | None, config: dict, data: Data, args: argpars
         network.train()
         total_loss, right = torch.zeros((), device=device), torch.zeros((), device=device)  # read once an epoch
         for step, batch in enumerate(batches, start=epoch * per_epoch):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = one_cycle(step, args.epochs * per_epoch, group["initial_lr"])
+            lr = one_cycle(step, args.epochs * per_epoch, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             images, labels = pixels(random_crop(random_flip(x[batch], generator), generator)), y[batch]
             with autocast(device, args.amp):
                 if kind == "adversarial":
                     images = moved(network, images, labels, eps, args.steps, starts)
                 logits = network(images)  # (B, K)
             loss = F.cross_entropy(logits.float(), labels)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
+            optimizer.step()
             total_loss += loss.detach()
             right += (logits.detach().argmax(1) == labels).sum()
         train_loss = total_loss.item() / per_epoch
-        check_finite(train_loss, (epoch + 1) * per_epoch, args.lr)
+        check_finite(train_loss, (epoch + 1) * per_epoch, lr)
         train_accuracy = right.item() / (per_epoch * args.batch_size)
         seconds += time.perf_counter() - started
         _, val_accuracy = loss_and_accuracy(network, data.val, args.amp)
@@ -228,8 +208,7 @@ def train(kind: str, state: dict | None, config: dict, data: Data, args: argpars
         if score >= best["score"]:
             best = {"score": score, "epoch": epoch + 1}
             checkpoint.save(run.path(f"{kind}_best.pth"), model=network.state_dict(), **about, **best)
-        states = [optimizer.state_dict() for optimizer in optimizers]
-        progress = {"optimizers": states, "epochs": epoch + 1, "best": best, "seconds": seconds}
+        progress = {"optimizer": optimizer.state_dict(), "epochs": epoch + 1, "best": best, "seconds": seconds}
         checkpoint.save(run.path(f"{kind}_last.pth"), model=network.state_dict(), **about, **progress)
     return seconds
 

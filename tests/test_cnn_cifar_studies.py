@@ -15,11 +15,10 @@ from cnn_cifar.inputs import Split, load, loss_and_accuracy, pixels, resized, sh
 from cnn_cifar.models import pixel_resnet
 from cnn_cifar.resnet import resnet18
 from shared_utils import checkpoint
-from shared_utils.runs import Run, read_json
+from shared_utils.runs import read_json
 
 CPU = torch.device("cpu")
 ADVERSARIAL = ["--width", 4, "--batch-size", 16, "--val-size", 12, "--epochs", 2, "--watched", 6, "--images", 6]
-MUON = ["--muon-lr", 0.1]
 DEPTHS = ["--depths", 10, 18, "--width", 4, "--batch-size", 16, "--val-size", 12, "--epochs", 1, "--seeds", 3, 5]
 TRANSFER = ["--source", "digits", "--source-size", 64, "--source-epochs", 1, "--resize", 32, "--width", 4]
 TRANSFER += ["--labels", 12, 30, "--epochs", 1, "--least-updates", 3, "--batch-size", 16, "--val-size", 12]
@@ -71,23 +70,6 @@ def without_seconds(value):
     return [without_seconds(item) for item in value] if isinstance(value, list) else value
 
 
-def stop_and_go_on(monkeypatch, stop_at, module, *flags):
-    """The module's run, stopped when row `stop_at` is to be written, and then its rest."""
-    calls = iter(range(100))
-
-    def stop(self, **row):
-        if next(calls) == stop_at:
-            raise KeyboardInterrupt
-        log(self, **row)
-
-    log = Run.log
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", stop)
-        with pytest.raises(KeyboardInterrupt):
-            ran(module, *flags)
-    ran(module, *flags, "--resume")
-
-
 # --- all four -------------------------------------------------------------------------------------------------------
 
 
@@ -95,7 +77,20 @@ def stop_and_go_on(monkeypatch, stop_at, module, *flags):
 @pytest.mark.parametrize("module", FLAGS, ids=named)
 def test_a_stopped_run_goes_on_to_the_same_end(module, stop_at, runs_dir, pictures, tmp_path, monkeypatch, no_figures):
     """Stopped in the middle of the run: before the row is written, which is the worst moment."""
-    stop_and_go_on(monkeypatch, stop_at, module, "--dataset", pictures, "--out", tmp_path)
+    flags = ["--dataset", pictures, "--out", tmp_path]
+    calls = iter(range(100))
+
+    def stop(self, **row):
+        if next(calls) == stop_at:
+            raise KeyboardInterrupt
+        log(self, **row)
+
+    log = adversarial_training.Run.log
+    with monkeypatch.context() as patch:
+        patch.setattr(adversarial_training.Run, "log", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ran(module, *flags)
+    ran(module, *flags, "--resume")
     whole = runs_dir / named(module)
     assert without_seconds(read_json(tmp_path / "metrics.json")) == without_seconds(read_json(whole / "metrics.json"))
     assert rows_of(tmp_path / "history.csv") == rows_of(whole / "history.csv")
@@ -202,40 +197,13 @@ def test_what_is_measured_is_what_the_saved_networks_do(runs_dir, pictures):
         assert [point["eps"] for point in row["by_eps"]] == [0, 1, 2, 4, 8, 12, 16]
 
 
-@pytest.mark.parametrize("more", [["--model", "allcnn"], ["--model", "resnet18"], ["--model", "allcnn", *MUON]])
-def test_the_other_networks_are_trained_and_read_again(more, pictures, tmp_path, no_figures):
-    flags = ["--dataset", pictures, "--out", tmp_path, *more, "--epochs", 1, "--steps", 2]
+@pytest.mark.parametrize("model", ["allcnn", "resnet18"])
+def test_the_other_networks_are_trained_and_read_again(model, pictures, tmp_path, no_figures):
+    flags = ["--dataset", pictures, "--out", tmp_path, "--model", model, "--epochs", 1, "--steps", 2]
     metrics = ran(adversarial_training, *flags)
-    assert metrics["optimizer"] == ("Muon" if "--muon-lr" in more else "SGD")
     loaded, state = load_network(tmp_path / "adversarial_best.pth")
     assert metrics["parameters"] == sum(p.numel() for p in loaded.parameters())
     assert state["classes"] == ["circle", "square", "star"]
-
-
-@pytest.mark.parametrize("model", ["fast_net", "allcnn", "resnet18"])
-def test_muon_has_the_convolutions_weights_and_sgd_the_rest(model):
-    config = adversarial_training.network_config(model, 4, 3)
-    network = adversarial_training.NETWORKS[config.pop("network")](**config)
-    given = ["--lr", 0.3, "--weight-decay", 0.01]
-    muon, sgd = adversarial_training.optimizers_of(network, parsed(adversarial_training, *given, *MUON))
-    (filters,) = muon.param_groups
-    assert {id(p) for p in filters["params"]} == {id(m.weight) for m in network.modules() if isinstance(m, nn.Conv2d)}
-    decayed, others = sgd.param_groups
-    linear = [m.weight for m in network.modules() if isinstance(m, nn.Linear)]
-    assert [id(p) for p in decayed["params"]] == [id(weight) for weight in linear]
-    assert len({id(p) for group in (filters, decayed, others) for p in group["params"]}) == len([*network.parameters()])
-    assert (filters["initial_lr"], decayed["initial_lr"], others["initial_lr"]) == (0.1, 0.3, 0.3)
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.01, 0)
-    (alone,) = adversarial_training.optimizers_of(network, parsed(adversarial_training, *given))
-    assert sum(len(group["params"]) for group in alone.param_groups) == len([*network.parameters()])
-
-
-def test_a_stopped_run_with_muon_goes_on_to_the_same_end(pictures, tmp_path, monkeypatch, no_figures):
-    flags = ["--dataset", pictures, *MUON]
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    ran(adversarial_training, *flags, "--out", whole)
-    stop_and_go_on(monkeypatch, 1, adversarial_training, *flags, "--out", again)
-    assert rows_of(again / "history.csv") == rows_of(whole / "history.csv")
 
 
 def test_the_sizes_that_the_issue_names():
