@@ -105,7 +105,7 @@ def build_parser():
         "--patience", type=positive_int, default=10, help="stop after so many epochs without improvement"
     )
     amp = "matrix products in bfloat16, parameters and sums in float32"
-    add_amp(parser, amp, default=True)
+    add_amp(parser, amp, by_machine=True)
     parser.add_argument("--jobs", type=positive_int, help="trainings at once (default: CPU cores; 1 on a GPU)")
     parser.add_argument("--resume", action="store_true", help="go on with what history.csv lacks")
     return parser

@@ -30,7 +30,8 @@ class Recipe:
 
     lr: the highest learning rate of the cycle. noise, code_noise: standard deviations, in training, of the noise on
     the input (the target stays clean) and on the code.
-    patience: epochs without a better validation error after which training stops. amp: products in bfloat16.
+    patience: epochs without a better validation error after which training stops.
+    amp: products in bfloat16 (None: where the machine has it).
     """
 
     enc_dims: tuple[int, ...] = (1024, 512, 32)
@@ -45,7 +46,7 @@ class Recipe:
     epochs: int = 20
     batch_size: int = 256
     patience: int = 10
-    amp: bool = False
+    amp: bool | None = False
 
     def __post_init__(self):
         if (self.use_batchnorm or self.code_noise) and self.batch_size < 2:

@@ -59,7 +59,7 @@ def build_parser():
     parser.add_argument("--epochs", type=positive_int, default=15, help="passes over the training images")
     parser.add_argument("--lr", type=positive_float, default=Recipe.lr, help="highest learning rate")
     parser.add_argument("--batch-size", type=positive_int, default=Recipe.batch_size, help="images per update")
-    add_amp(parser, "products in bfloat16", default=True)
+    add_amp(parser, "products in bfloat16", by_machine=True)
     parser.add_argument("--jobs", type=positive_int, help="trainings at once (default: the CPU's cores; 1 on a GPU)")
     parser.add_argument("--linear-latent", type=positive_int, default=8, help="K of the linear autoencoder")
     parser.add_argument("--linear-updates", type=positive_int, default=2500, help="updates of the linear autoencoder")

@@ -26,6 +26,8 @@ Shapes: N images, B batch, K classes.
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -36,10 +38,11 @@ from cnn_cifar.attack_measures import noise, survivors
 from cnn_cifar.attacks import fgsm, input_gradient, pgd
 from cnn_cifar.augment import random_crop, random_flip
 from cnn_cifar.checkpoints import NETWORKS, load_network
+from cnn_cifar.fast_training import FastTraining, Recipe
 from cnn_cifar.inputs import Data, Split, add_data_flags, load, loss_and_accuracy, pixels, share
 from cnn_cifar.models import get_param_groups
 from shared_utils import checkpoint
-from shared_utils.cli import add_amp, make_parser, non_negative_float, positive_float, positive_int, run_main
+from shared_utils.cli import UserError, add_amp, make_parser, non_negative_float, positive_float, positive_int, run_main
 from shared_utils.data import minibatches
 from shared_utils.device import autocast, pick_device
 from shared_utils.plotting import COLORS, image_grid, line_style, new_figure, save_figure
@@ -65,15 +68,20 @@ def build_parser():
         "--width", type=positive_int, help="channels of its first block (default: allcnn 96, others 64)"
     )
     parser.add_argument("--epochs", type=positive_int, default=12, help="passes over the training images, for each")
-    parser.add_argument("--lr", type=positive_float, default=0.2, help="the highest learning rate of one cycle")
-    parser.add_argument("--weight-decay", type=non_negative_float, default=5e-4, help="not of biases and BatchNorm")
+    recipes = "onecycle: SGD, its learning rate goes up and down once; fast: fast_cifar.py's, for fast_net"
+    parser.add_argument("--recipe", choices=("onecycle", "fast"), default="onecycle", help=recipes)
+    parser.add_argument(
+        "--lr", type=positive_float, help=f"the highest learning rate (default: SGD's 0.2, fast: Muon's {Recipe.lr})"
+    )
+    decays = "with onecycle, not of biases and BatchNorm"
+    parser.add_argument("--weight-decay", type=non_negative_float, default=5e-4, help=decays)
     parser.add_argument("--eps", type=positive_float, default=8.0, help="largest change of a pixel, in units of 1/255")
     parser.add_argument("--steps", type=positive_int, default=1, help="of the attack used in training; above 1: PGD")
     watched = "validation images that PGD-10 attacks after each epoch"
     parser.add_argument("--watched", type=positive_int, default=500, help=watched)
     parser.add_argument("--images", type=positive_int, default=1000, help="test images that PGD attacks")
     parser.add_argument("--restarts", type=positive_int, default=10, help="random starts of PGD-50 at the end")
-    add_amp(parser, "train in bfloat16, with float32 parameters", default=True)
+    add_amp(parser, "train in bfloat16, with float32 parameters", by_machine=True)
     parser.add_argument("--resume", action="store_true", help="go on from the last epoch")
     return parser
 
@@ -89,6 +97,49 @@ def network_config(model: str, width: int | None, num_classes: int) -> dict:
     return {**sizes[model], "num_classes": num_classes}
 
 
+class OneCycle:
+    """SGD with momentum, whose learning rate goes up and down once; used as `FastTraining`."""
+
+    def __init__(self, network: nn.Module, train: Split, args: argparse.Namespace):
+        self.network, self.train, self.args = network, train, args
+        self.per_epoch = len(train) // args.batch_size
+        groups = get_param_groups(network, args.weight_decay)
+        self.optimizers = (torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True),)
+
+    def epoch(self, number: int, perturb: Callable[[Tensor, Tensor], Tensor] | None) -> float:
+        """See `FastTraining.epoch`."""
+        args, (optimizer,), (x, y) = self.args, self.optimizers, (self.train.x, self.train.y)
+        # All that is random in an epoch follows from seed and epoch: a resumed run needs no random states.
+        order = minibatches(len(y), args.batch_size, np.random.default_rng([args.seed, number]), drop_last=True)
+        batches = torch.from_numpy(np.stack(list(order))).to(x.device)  # (updates, B)
+        epoch_seed = derived_seed(args.seed, number)
+        torch.manual_seed(epoch_seed)  # dropout's, in All-CNN
+        generator = Generator(x.device).manual_seed(epoch_seed)
+        self.network.train()
+        total = torch.zeros((), device=x.device)  # read once an epoch
+        for step, batch in enumerate(batches, start=number * self.per_epoch):
+            for group in optimizer.param_groups:
+                group["lr"] = one_cycle(step, args.epochs * self.per_epoch, args.lr)
+            images, labels = pixels(random_crop(random_flip(x[batch], generator), generator)), y[batch]
+            with autocast(x.device, args.amp):
+                logits = self.network(perturb(images, labels) if perturb else images)  # (B, K)
+            loss = F.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        return total.item() / self.per_epoch
+
+
+def training_of(config: dict, data: Data, args: argparse.Namespace) -> OneCycle | FastTraining:
+    """A training that has not begun, on the training images' device."""
+    if args.recipe == "fast":
+        recipe = Recipe(args.epochs, args.batch_size, tuple(config["widths"]), args.lr, without=("smoothing",))
+        return FastTraining(recipe, data.train, config["num_classes"], args.seed, args.amp)
+    network = NETWORKS[config["network"]](**{key: value for key, value in config.items() if key != "network"})
+    return OneCycle(network.to(data.train.x.device, memory_format=torch.channels_last), data.train, args)
+
+
 def moved(network: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, generator: Generator) -> Tensor:
     """What the adversarial network learns from in place of the images x (B, 3, H, W) of [0, 1]."""
     if steps > 1:
@@ -100,6 +151,9 @@ def moved(network: nn.Module, x: Tensor, y: Tensor, eps: float, steps: int, gene
 def main(argv=None) -> dict:
     """Train both, attack both; returns the metrics."""
     args = build_parser().parse_args(argv)
+    if args.recipe == "fast" and args.model != "fast_net":
+        raise UserError(f"--recipe fast trains fast_net, not {args.model}: leave out one of the two")
+    args.lr = args.lr or (Recipe.lr if args.recipe == "fast" else 0.2)
     device = pick_device(args.device)
     data = load(args, device)
     run = start_run(args)
@@ -126,6 +180,7 @@ def main(argv=None) -> dict:
         {
             "model": args.model,
             "parameters": size,
+            "recipe": args.recipe,
             "epochs": args.epochs,
             "eps": args.eps,
             "steps": args.steps,
@@ -154,61 +209,37 @@ def last_state(run: Run, kind: str, config: dict) -> dict | None:
 def train(kind: str, state: dict | None, config: dict, data: Data, args: argparse.Namespace, run: Run) -> float:
     """Fit one network, from `state` on; its best and last weights go to the run's folder. Returns the seconds."""
     seed_everything(args.seed)  # both begin with the same weights
-    x, y = data.train.x, data.train.y
-    device, eps = x.device, args.eps / 255
-    network = NETWORKS[config["network"]](**{key: value for key, value in config.items() if key != "network"})
-    network.to(device, memory_format=torch.channels_last)
-    groups = get_param_groups(network, args.weight_decay)
-    optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, nesterov=True)
+    training, eps = training_of(config, data, args), args.eps / 255
+    network = training.network
     watched = Split(data.val.x[: args.watched], data.val.y[: args.watched])
-    per_epoch = len(data.train) // args.batch_size
     first, best, seconds = 0, {"score": -1.0}, 0.0
     if state:
         network.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(training.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         first, best, seconds = state["epochs"], state["best"], state["seconds"]
 
     about = {"config": config, "classes": list(data.classes), "title": data.title}
     for epoch in range(first, args.epochs):
         started = time.perf_counter()
-        # All that is random in an epoch follows from seed and epoch: a resumed run needs no random states.
-        order = minibatches(len(y), args.batch_size, np.random.default_rng([args.seed, epoch]), drop_last=True)
-        batches = torch.from_numpy(np.stack(list(order))).to(device)  # (updates, B)
-        epoch_seed = derived_seed(args.seed, epoch)
-        torch.manual_seed(epoch_seed)  # dropout's, in All-CNN
-        generator = Generator(device).manual_seed(epoch_seed)
-        starts = Generator(device).manual_seed(epoch_seed + 1)  # the attack's own: crops and flips stay its twin's
-        network.train()
-        total_loss, right = torch.zeros((), device=device), torch.zeros((), device=device)  # read once an epoch
-        for step, batch in enumerate(batches, start=epoch * per_epoch):
-            lr = one_cycle(step, args.epochs * per_epoch, args.lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            images, labels = pixels(random_crop(random_flip(x[batch], generator), generator)), y[batch]
-            with autocast(device, args.amp):
-                if kind == "adversarial":
-                    images = moved(network, images, labels, eps, args.steps, starts)
-                logits = network(images)  # (B, K)
-            loss = F.cross_entropy(logits.float(), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total_loss += loss.detach()
-            right += (logits.detach().argmax(1) == labels).sum()
-        train_loss = total_loss.item() / per_epoch
-        check_finite(train_loss, (epoch + 1) * per_epoch, lr)
-        train_accuracy = right.item() / (per_epoch * args.batch_size)
+        perturb = None
+        if kind == "adversarial":  # the attack's starts have their own generator: crops and flips stay its twin's
+            starts = Generator(data.train.x.device).manual_seed(derived_seed(args.seed, epoch) + 1)
+            perturb = partial(moved, network, eps=eps, steps=args.steps, generator=starts)
+        train_loss = training.epoch(epoch, perturb)
+        check_finite(train_loss, (epoch + 1) * training.per_epoch, args.lr)
         seconds += time.perf_counter() - started
         _, val_accuracy = loss_and_accuracy(network, data.val, args.amp)
         network.eval()
         val_pgd = share(survivors(network, watched, lambda x, y: pgd(network, x, y, eps, eps / 4, 10)))
-        row = {"network": kind, "epoch": epoch + 1, "train_loss": train_loss, "train_accuracy": train_accuracy}
+        row = {"network": kind, "epoch": epoch + 1, "train_loss": train_loss}
         run.log(**row, val_accuracy=val_accuracy, val_pgd10=val_pgd, seconds=round(seconds, 1))
         score = val_pgd if kind == "adversarial" else val_accuracy
         if score >= best["score"]:
             best = {"score": score, "epoch": epoch + 1}
             checkpoint.save(run.path(f"{kind}_best.pth"), model=network.state_dict(), **about, **best)
-        progress = {"optimizer": optimizer.state_dict(), "epochs": epoch + 1, "best": best, "seconds": seconds}
+        states = [optimizer.state_dict() for optimizer in training.optimizers]
+        progress = {"optimizers": states, "epochs": epoch + 1, "best": best, "seconds": seconds}
         checkpoint.save(run.path(f"{kind}_last.pth"), model=network.state_dict(), **about, **progress)
     return seconds
 

@@ -78,7 +78,7 @@ def build_parser():
     parser.add_argument("--width", type=positive_int, default=64, help="channels of the first stage (the paper's: 64)")
     parser.add_argument("--train-size", type=positive_int, help="images to train on (default: all)")
     parser.add_argument("--lr", type=positive_float, default=0.1, help="the highest learning rate of one cycle")
-    add_amp(parser, default=True)
+    add_amp(parser, by_machine=True)
     add_seeds(parser, [0, 1, 2], "one training of each arm for each", least=2)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
     return parser

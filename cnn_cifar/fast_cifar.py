@@ -6,9 +6,9 @@
 
 A small network whose first layer whitens (fast_net.py), Muon (shared_utils/muon.py), flips in every other epoch,
 smoothed labels, a learning rate that falls linearly to 0, and at test time the mean over shifted and mirrored copies of
-each image (fast_training.py has all of it). It computes in bfloat16, with the channels last in memory, which makes
-All-CNN more than twice as fast on a CPU with AVX-512 BF16 (benchmark.py). `--without` leaves ingredients out;
-fast_cifar_ladder.py measures each one.
+each image (fast_training.py has all of it). Where the machine has bfloat16 it computes in that, with the channels last
+in memory, which makes All-CNN more than twice as fast on a CPU with AVX-512 BF16 (benchmark.py). `--without` leaves
+ingredients out; fast_cifar_ladder.py measures each one.
 
 Nothing is chosen while it trains, so that it may train on all 50,000 images; the test images are read once, at the end.
 Most hyperparameters are the recipe's author's, who could see the test set; those we changed (batch size, epochs,
@@ -46,7 +46,7 @@ def build_parser():
     parser.add_argument("--sgd-lr", type=positive_float, default=Recipe.sgd_lr, help="SGD's, used with --without muon")
     left_out = "leave out: " + ", ".join(f"{name} ({what})" for name, what in INGREDIENTS.items())
     parser.add_argument("--without", nargs="+", choices=INGREDIENTS, default=[], metavar="INGREDIENT", help=left_out)
-    add_amp(parser, default=True)
+    add_amp(parser, by_machine=True)
     parser.add_argument("--resume", action="store_true", help="go on from last.pth")
     return parser
 

@@ -45,7 +45,7 @@ def build_parser():
     add_seeds(parser, [0, 1, 2], "one training of each rung for each", least=2)
     tried = {"type": positive_float, "nargs": "+", "default": [0.03, 0.1, 0.3, 1.0]}
     parser.add_argument("--sgd-lrs", **tried, help="SGD's learning rates; the best for the first seed is used")
-    add_amp(parser, default=True)
+    add_amp(parser, by_machine=True)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
     return parser
 

@@ -4,7 +4,7 @@ Source: Jordan 2024, arXiv 2404.00498 (the ingredients, and most of the numbers)
 Shapes: N images, B batch, K classes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,7 +65,7 @@ class FastTraining:
     states are all that a resumed run needs.
     """
 
-    def __init__(self, recipe: Recipe, train: Split, num_classes: int, seed: int, amp: bool):
+    def __init__(self, recipe: Recipe, train: Split, num_classes: int, seed: int, amp: bool | None):
         self.recipe, self.train, self.seed, self.amp = recipe, train, seed, amp
         self.per_epoch = len(train) // recipe.batch_size
         self.network = build(recipe, train, num_classes)
@@ -95,8 +95,11 @@ class FastTraining:
         for group in main.param_groups + rest.param_groups:
             yield group, group["initial_lr"] * max(0.0, 1 - progress * (8 / 3 if group is early else 1))
 
-    def epoch(self, number: int) -> float:
-        """Pass over the images once; `number` counts from 0. Returns the mean training loss (nats)."""
+    def epoch(self, number: int, perturb: Callable[[Tensor, Tensor], Tensor] | None = None) -> float:
+        """Pass over the images once; `number` counts from 0. Returns the mean training loss (nats).
+
+        perturb: (images of [0, 1], labels) → the images that the network learns from.
+        """
         recipe, device = self.recipe, self.train.x.device
         order = minibatches(
             len(self.train), recipe.batch_size, np.random.default_rng([self.seed, number]), drop_last=True
@@ -113,7 +116,7 @@ class FastTraining:
             x = alternating_flip(x, self.coins[batch], number) if alternates else random_flip(x, generator)
             x = pixels(random_crop(x, generator, padding=2))
             with autocast(device, self.amp):
-                logits = self.network(x)  # (B, K)
+                logits = self.network(perturb(x, y) if perturb else x)  # (B, K)
             loss = F.cross_entropy(logits.float(), y, label_smoothing=0.2 if recipe.has("smoothing") else 0.0)
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
@@ -124,7 +127,7 @@ class FastTraining:
         return total.item() / self.per_epoch
 
 
-def averaged_logits(network: nn.Module, x: Tensor, amp: bool = False) -> dict[str, Tensor]:
+def averaged_logits(network: nn.Module, x: Tensor, amp: bool | None = False) -> dict[str, Tensor]:
     """Logits for uint8 images x (N, 3, H, W), (N, K) each: of the images alone, and means over copies of each image.
 
     `mirrored`: the image and its mirror image. `mirrored and shifted`: half of the weight is on these two, a quarter
@@ -146,7 +149,7 @@ def averaged_logits(network: nn.Module, x: Tensor, amp: bool = False) -> dict[st
     }
 
 
-def accuracies(network: nn.Module, split: Split, amp: bool) -> dict[str, float]:
+def accuracies(network: nn.Module, split: Split, amp: bool | None) -> dict[str, float]:
     """The accuracy in each of the ways of `averaged_logits`."""
     logits = averaged_logits(network, split.x, amp)
     return {name: share(value.argmax(1) == split.y) for name, value in logits.items()}

@@ -101,7 +101,7 @@ def resized(x: Tensor, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def logits_of(network: nn.Module, x: Tensor, amp: bool = False) -> Tensor:
+def logits_of(network: nn.Module, x: Tensor, amp: bool | None = False) -> Tensor:
     """The network's logits for uint8 images x (N, 3, H, W), in evaluation mode: float32 (N, K)."""
     with evaluating(network), autocast(x.device, amp):
         return torch.cat([network(pixels(batch)).float() for batch in x.split(EVALUATED_TOGETHER)])
@@ -112,7 +112,7 @@ def share(mask: Tensor) -> float:
     return mask.sum().item() / len(mask)
 
 
-def loss_and_accuracy(network: nn.Module, split: Split, amp: bool = False) -> tuple[float, float]:
+def loss_and_accuracy(network: nn.Module, split: Split, amp: bool | None = False) -> tuple[float, float]:
     """Mean cross-entropy (nats) and accuracy."""
     logits = logits_of(network, split.x, amp)
     return F.cross_entropy(logits, split.y).item(), share(logits.argmax(1) == split.y)

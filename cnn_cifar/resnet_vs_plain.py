@@ -14,7 +14,7 @@ cycle of the learning rate, whose peak is the one of `--lrs` that is better on v
 They are compared on the test images; a difference is the mean over the seeds of (plain − residual) with Student's 95 %
 interval. At every update ‖∂L/∂W‖ of every convolution is recorded: at the first it shows what the initialisation does;
 later the networks differ in their loss, their weights and perhaps their learning rate as well, and so do the gradients.
-`--no-amp` computes in float32.
+It computes in bfloat16 where the machine has it; `--no-amp` computes in float32.
 
 Writes residual_vs_plain.png, gradient_flow.png, depth_<n>_<kind>_<lr>_<seed>.npz (arrays norms, losses), history.csv,
 metrics.json.
@@ -58,7 +58,7 @@ def build_parser():
     parser.add_argument("--train-size", type=positive_int, help="images to train on (default: all)")
     rates = "peak learning rates to try; each network gets the best"
     parser.add_argument("--lrs", type=positive_float, nargs="+", default=[0.03, 0.1], help=rates)
-    add_amp(parser, default=True)
+    add_amp(parser, by_machine=True)
     add_seeds(parser, [0, 1, 2], "one training of each network", least=2)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that are missing")
     return parser

@@ -86,7 +86,7 @@ def build_parser():
     parser.add_argument("--width", type=positive_int, default=64, help="channels of the first stage (ResNet-18's: 64)")
     rates = {"type": positive_float, "nargs": "+", "default": [0.01, 0.1]}
     parser.add_argument("--lrs", **rates, help="highest learning rates of one cycle; each way gets the better one")
-    add_amp(parser, default=True)
+    add_amp(parser, by_machine=True)
     add_seeds(parser, [0, 1, 2], "each with its own images and initial weights", least=2)
     parser.add_argument("--resume", action="store_true", help="go on with the trainings that history.csv lacks")
     return parser

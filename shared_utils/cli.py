@@ -157,14 +157,16 @@ def add_seeds(parser: argparse.ArgumentParser, default: list[int], about: str, l
 
 
 def add_amp(
-    parser: ExperimentParser, about: str = "compute in bfloat16, with float32 parameters", *, default: bool = False
+    parser: ExperimentParser, about: str = "compute in bfloat16, with float32 parameters", *, by_machine: bool = False
 ) -> None:
-    """Add `--amp` and `--no-amp`. A default of True is for real runs: with `--quick` it is off.
+    """Add `--amp` and `--no-amp`, for `device.autocast`; by default it is off.
 
-    On a CPU without AVX-512 BF16, most laptops' among them, bfloat16 was 1.6 to 2.4 times slower than float32.
+    by_machine: by default it is None, on where the machine has bfloat16; with `--quick` it is off.
     """
+    about += " (default: where the machine has instructions for it)" if by_machine else ""
+    default = None if by_machine else False
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=default, help=about)
-    if default:
+    if by_machine:
         parser.quick["amp"] = False
 
 

@@ -11,14 +11,17 @@ from cnn_cifar.attacks import input_gradient, pgd
 from cnn_cifar.augmentation_study import ARMS
 from cnn_cifar.checkpoints import load_network
 from cnn_cifar.fast_net import FastNet
+from cnn_cifar.fast_training import FastTraining, Recipe
 from cnn_cifar.inputs import Split, load, loss_and_accuracy, pixels, resized, share
 from cnn_cifar.models import pixel_resnet
 from cnn_cifar.resnet import resnet18
 from shared_utils import checkpoint
-from shared_utils.runs import read_json
+from shared_utils.runs import Run, read_json
+from shared_utils.seeding import seed_everything
 
 CPU = torch.device("cpu")
 ADVERSARIAL = ["--width", 4, "--batch-size", 16, "--val-size", 12, "--epochs", 2, "--watched", 6, "--images", 6]
+FAST = ["--recipe", "fast"]
 DEPTHS = ["--depths", 10, 18, "--width", 4, "--batch-size", 16, "--val-size", 12, "--epochs", 1, "--seeds", 3, 5]
 TRANSFER = ["--source", "digits", "--source-size", 64, "--source-epochs", 1, "--resize", 32, "--width", 4]
 TRANSFER += ["--labels", 12, 30, "--epochs", 1, "--least-updates", 3, "--batch-size", 16, "--val-size", 12]
@@ -70,14 +73,8 @@ def without_seconds(value):
     return [without_seconds(item) for item in value] if isinstance(value, list) else value
 
 
-# --- all four -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("stop_at", [1, 3])
-@pytest.mark.parametrize("module", FLAGS, ids=named)
-def test_a_stopped_run_goes_on_to_the_same_end(module, stop_at, runs_dir, pictures, tmp_path, monkeypatch, no_figures):
-    """Stopped in the middle of the run: before the row is written, which is the worst moment."""
-    flags = ["--dataset", pictures, "--out", tmp_path]
+def stop_and_go_on(monkeypatch, stop_at, module, *flags):
+    """The module's run, stopped when row `stop_at` is to be written, and then its rest."""
     calls = iter(range(100))
 
     def stop(self, **row):
@@ -85,12 +82,22 @@ def test_a_stopped_run_goes_on_to_the_same_end(module, stop_at, runs_dir, pictur
             raise KeyboardInterrupt
         log(self, **row)
 
-    log = adversarial_training.Run.log
+    log = Run.log
     with monkeypatch.context() as patch:
-        patch.setattr(adversarial_training.Run, "log", stop)
+        patch.setattr(Run, "log", stop)
         with pytest.raises(KeyboardInterrupt):
             ran(module, *flags)
     ran(module, *flags, "--resume")
+
+
+# --- all four -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop_at", [1, 3])
+@pytest.mark.parametrize("module", FLAGS, ids=named)
+def test_a_stopped_run_goes_on_to_the_same_end(module, stop_at, runs_dir, pictures, tmp_path, monkeypatch, no_figures):
+    """Stopped in the middle of the run: before the row is written, which is the worst moment."""
+    stop_and_go_on(monkeypatch, stop_at, module, "--dataset", pictures, "--out", tmp_path)
     whole = runs_dir / named(module)
     assert without_seconds(read_json(tmp_path / "metrics.json")) == without_seconds(read_json(whole / "metrics.json"))
     assert rows_of(tmp_path / "history.csv") == rows_of(whole / "history.csv")
@@ -123,6 +130,8 @@ def test_the_seed_is_added_to_those_of_the_trainings_after_a_source(runs_dir, pi
         (adversarial_training, "--eps -1", "--eps: must be"),
         (adversarial_training, "--steps 0", "--steps: must be"),
         (adversarial_training, "--model vgg", "invalid choice"),
+        (adversarial_training, "--model allcnn --recipe fast", "--recipe fast trains fast_net, not allcnn"),
+        (adversarial_training, "--lr 0", "--lr: must be"),
         (resnet_vs_plain, "--depths 20", "--depths 20: the networks have 8 n + 2 layers"),
         (resnet_vs_plain, "--depths 2", "--depths 2: the networks have"),
         (resnet_vs_plain, "--seeds 1", "different seeds, 2 or more"),
@@ -204,6 +213,43 @@ def test_the_other_networks_are_trained_and_read_again(model, pictures, tmp_path
     loaded, state = load_network(tmp_path / "adversarial_best.pth")
     assert metrics["parameters"] == sum(p.numel() for p in loaded.parameters())
     assert state["classes"] == ["circle", "square", "star"]
+
+
+def test_the_fast_recipe_is_that_of_fast_cifar_without_smoothed_labels(pictures, tmp_path, no_figures):
+    """The standard twin is the network that FastTraining alone makes."""
+    metrics = ran(adversarial_training, "--dataset", pictures, "--out", tmp_path, "--no-amp", *FAST)
+    assert metrics["recipe"] == "fast"
+    args = parsed(adversarial_training, "--dataset", pictures)
+    recipe = Recipe(args.epochs, args.batch_size, widths=(4, 8, 16), without=("smoothing",))
+    seed_everything(0)
+    training = FastTraining(recipe, load(args, CPU).train, 3, 0, False)
+    for epoch in range(args.epochs):
+        training.epoch(epoch)
+    saved = checkpoint.load(tmp_path / "standard_last.pth")["model"]
+    assert all(torch.equal(saved[name], value) for name, value in training.network.state_dict().items())
+
+
+def test_the_fast_recipe_learns_from_what_perturb_returns(pictures, monkeypatch):
+    data = load(parsed(adversarial_training, "--dataset", pictures), CPU)
+    training = FastTraining(Recipe(1, 16, (4, 4, 6)), data.train, 3, 0, False)
+    given, seen = [], []
+
+    def perturb(x, y):
+        given.append((x, y))
+        return 1 - x
+
+    training.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    training.epoch(0, perturb)
+    assert len(seen) == len(given) == training.per_epoch
+    assert all(torch.equal(then, 1 - x) and len(y) == 16 for then, (x, y) in zip(seen, given, strict=True))
+
+
+def test_a_stopped_run_with_the_fast_recipe_goes_on_to_the_same_end(pictures, tmp_path, monkeypatch, no_figures):
+    flags = ["--dataset", pictures, *FAST]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    ran(adversarial_training, *flags, "--out", whole)
+    stop_and_go_on(monkeypatch, 1, adversarial_training, *flags, "--out", again)
+    assert rows_of(again / "history.csv") == rows_of(whole / "history.csv")
 
 
 def test_the_sizes_that_the_issue_names():

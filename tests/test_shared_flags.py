@@ -35,8 +35,8 @@ def test_a_model_of_other_data_is_refused():
 
 def test_bfloat16_is_off_in_quick_runs_unless_asked_for(capsys):
     parser = make_parser(DOC)
-    cli.add_amp(parser, default=True)
-    for given, amp in ([], True), (["--no-amp"], False), (["--quick"], False), (["--quick", "--amp"], True):
+    cli.add_amp(parser, by_machine=True)
+    for given, amp in ([], None), (["--no-amp"], False), (["--quick"], False), (["--quick", "--amp"], True):
         assert parser.parse_args(given).amp == amp
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
