@@ -1,6 +1,7 @@
 """Can a network be trained so that no small change misleads it, and what does that cost?
 
     python cnn_cifar/adversarial_training.py
+    python cnn_cifar/adversarial_training.py --recipe fast --steps 2 --batch-size 500 --epochs 10
     python cnn_cifar/adversarial_training.py --model resnet18 --epochs 30 --device cuda
     python cnn_cifar/adversarial_training.py --model allcnn --epochs 30 --steps 7 --device cuda
 
@@ -15,6 +16,9 @@ overfitting"; de Jorge et al. 2022). With more steps it is PGD, within the ball.
 validation images: it would reveal such a collapse, and it chooses the adversarial network's epoch. At the end both
 networks are tested under FGSM, PGD-20 and, on the images that are still classified correctly, 10 random starts of
 PGD-50; noise of the same size is the control.
+
+Both are trained by SGD with one cycle of the learning rate, or with `--recipe fast` as in fast_cifar.py (whitening,
+Muon), but without smoothed labels.
 
 Writes standard_best.pth, standard_last.pth, adversarial_best.pth, adversarial_last.pth, robustness.png,
 input_gradients.png, history.csv, metrics.json.

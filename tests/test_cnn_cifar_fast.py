@@ -204,6 +204,19 @@ def test_an_epoch_shows_each_image_once_and_two_both_ways(alternates, train, mon
         assert all(np.array_equal(ways[epoch], ways[0] ^ (epoch % 2 == 1)) for epoch in range(4))
 
 
+def test_the_network_learns_from_what_perturb_makes_of_a_batch(train):
+    training, given, seen = started(train), [], []
+
+    def perturb(x, y):
+        given.append((x, y))
+        return 1 - x
+
+    training.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    training.epoch(0, perturb)
+    assert len(seen) == len(given) == training.per_epoch
+    assert all(torch.equal(then, 1 - x) and y.shape == (20,) for then, (x, y) in zip(seen, given, strict=True))
+
+
 @pytest.mark.parametrize("without", [(), ("whitening", "muon")])
 def test_learning_rates_fall_in_a_straight_line_and_whitenings_sooner(without, train):
     training, updates = started(train, epochs=8, without=without), 24

@@ -229,21 +229,6 @@ def test_the_fast_recipe_is_that_of_fast_cifar_without_smoothed_labels(pictures,
     assert all(torch.equal(saved[name], value) for name, value in training.network.state_dict().items())
 
 
-def test_the_fast_recipe_learns_from_what_perturb_returns(pictures, monkeypatch):
-    data = load(parsed(adversarial_training, "--dataset", pictures), CPU)
-    training = FastTraining(Recipe(1, 16, (4, 4, 6)), data.train, 3, 0, False)
-    given, seen = [], []
-
-    def perturb(x, y):
-        given.append((x, y))
-        return 1 - x
-
-    training.network.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    training.epoch(0, perturb)
-    assert len(seen) == len(given) == training.per_epoch
-    assert all(torch.equal(then, 1 - x) and len(y) == 16 for then, (x, y) in zip(seen, given, strict=True))
-
-
 def test_a_stopped_run_with_the_fast_recipe_goes_on_to_the_same_end(pictures, tmp_path, monkeypatch, no_figures):
     flags = ["--dataset", pictures, *FAST]
     whole, again = tmp_path / "whole", tmp_path / "again"

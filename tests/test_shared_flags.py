@@ -1,9 +1,11 @@
 """Flags that several experiments have."""
 
 import pytest
+import torch
 
 from shared_utils import checkpoint, cli
 from shared_utils.cli import UserError, make_parser
+from shared_utils.device import autocast, has_bfloat16
 
 DOC = "A question?\n\n    python numpy_nn/some_script.py"
 
@@ -44,3 +46,17 @@ def test_bfloat16_is_off_in_quick_runs_unless_asked_for(capsys):
     plain = make_parser(DOC)
     cli.add_amp(plain)
     assert [plain.parse_args(given).amp for given in ([], ["--quick"], ["--amp"])] == [False, False, True]
+
+
+def test_without_being_asked_autocast_computes_in_bfloat16_where_the_processor_has_it(monkeypatch):
+    a = torch.ones(4, 4)
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        known = {"avx2": True, "avx512_bf16": native}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
+        with autocast(torch.device("cpu"), None):
+            assert (a @ a).dtype == dtype
+    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older PyTorch
+    assert [has_bfloat16(torch.device(name)) for name in ("cpu", "mps")] == [False, False]
+    for native in (True, False):  # of GPUs of before 2020, bfloat16 is emulated
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert has_bfloat16(torch.device("cuda")) == native

@@ -13,7 +13,7 @@ import torch
 
 from shared_utils import checkpoint, cli, runs
 from shared_utils.cli import UserError, make_parser
-from shared_utils.device import autocast, has_bfloat16, pick_device
+from shared_utils.device import autocast, pick_device
 from shared_utils.seeding import seed_everything
 
 DOC = "A question?\n\n    python numpy_nn/some_script.py --epochs 3\n\nWrites metrics.json."
@@ -162,20 +162,6 @@ def test_autocast_is_bfloat16_or_nothing():
         assert (a @ a).dtype == torch.bfloat16
     with autocast(torch.device("cpu"), enabled=False):
         assert (a @ a).dtype == torch.float32
-
-
-def test_without_being_asked_autocast_computes_in_bfloat16_where_the_processor_has_it(monkeypatch):
-    a = torch.ones(4, 4)
-    for native, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        known = {"avx2": True, "avx512_bf16": native}
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known, raising=False)
-        with autocast(torch.device("cpu"), None):
-            assert (a @ a).dtype == dtype
-    monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older PyTorch
-    assert [has_bfloat16(torch.device(name)) for name in ("cpu", "mps")] == [False, False]
-    for native in (True, False):  # of GPUs of before 2020, bfloat16 is emulated
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
-        assert has_bfloat16(torch.device("cuda")) == native
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------
