@@ -210,7 +210,7 @@ def test_the_ladder_adds_one_ingredient_a_rung_and_goes_on(pictures, tmp_path, m
 
     monkeypatch.setattr(fast_cifar_ladder, "FastTraining", watched)
     monkeypatch.setattr(fast_cifar_ladder, "accuracies", apart)
-    flags = ["--dataset", pictures, "--out", tmp_path, *LADDER, "--sgd-lrs", 1, 2, "--seed", 10]
+    flags = ["--dataset", pictures, "--out", tmp_path, *LADDER, "--sgd-lrs", 1, 2, "--seed", 10, "--amp"]
     rungs, names = ran(fast_cifar_ladder, *flags)["rungs"], [name for name in INGREDIENTS if name != "tta"]
     inside = [[name for name in names if recipe.has(name)] for recipe in recipes]
     assert inside == [[], *([names[:i] for i in range(len(names) + 1)] * 2)]  # once from each seed, and the other rate

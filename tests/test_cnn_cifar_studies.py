@@ -270,7 +270,7 @@ def test_every_layer_of_the_depth_is_watched_from_the_image_on(depth, residual):
 
 
 def test_the_norms_are_those_of_the_losses_gradients(pictures):
-    args = parsed(resnet_vs_plain, "--dataset", pictures, "--batch-size", 60)
+    args = parsed(resnet_vs_plain, "--dataset", pictures, "--batch-size", 60, "--amp")
     data = load(args, CPU)
     _, norms, losses = resnet_vs_plain.fit(10, "plain", 0.1, 3, data, args)
     assert norms.shape == (1, 9)
@@ -387,6 +387,6 @@ def test_resizing():
 
 def test_what_is_measured_is_the_accuracy_on_images_as_they_are():
     torch.manual_seed(0)
-    network, args = pixel_resnet(3, 1, 4), parsed(augmentation_study)
+    network, args = pixel_resnet(3, 1, 4), parsed(augmentation_study, "--amp")
     split = Split((255 * torch.rand(3, 3, 32, 32)).byte(), torch.tensor([0, 1, 2]))
     assert augmentation_study.measure(network, split, args) == pytest.approx(loss_and_accuracy(network, split, True))
